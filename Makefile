@@ -1,0 +1,38 @@
+# Each target sets up what it needs: a virtual environment in .venv with the tested versions of requirements.lock.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PYTHON ?= python3
+STAMP := $(VENV)/.installed
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: demo test lab docs bench lock clean
+
+$(STAMP): requirements.lock settings.ini pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet -r requirements.lock
+	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)       ## images to report, offline, in runs/demo
+	$(VENV)/bin/blip3o_demo
+
+test: $(STAMP)       ## notebooks, modules, commands
+	$(PY) -m pytest
+
+lab: $(STAMP)        ## the notebooks in JupyterLab
+	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet jupyterlab
+	$(VENV)/bin/jupyter lab nbs
+
+docs: $(STAMP)       ## the site, in _docs
+	VENV=$(VENV) PY=$(PY) bash docs.sh
+
+bench: $(STAMP)      ## speed of this machine and of this library on it
+	$(PY) benchmarks/bench.py
+
+lock: ## tested versions, from settings.ini
+	$(PYTHON) -m venv $(VENV) && $(PY) -m pip install --quiet uv
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header --no-annotate --extra dev pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info _docs _proc

@@ -1,0 +1,14 @@
+"""Every notebook runs from top to bottom, through nbdev."""
+import sys
+from pathlib import Path
+import pytest
+from nbdev.test import test_nb as run_notebook
+
+NBS = Path(__file__).parents[1]/"nbs"
+NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(x.startswith(("_", ".")) for x in p.relative_to(NBS).parts))
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[str(p.relative_to(NBS)) for p in NOTEBOOKS])
+def test_notebook(path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    ok, _ = run_notebook(path, do_print=False)
+    assert ok, f"{path.name} failed: see the traceback above"
