@@ -6,8 +6,8 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/encoders.html.md"""
 
 # %% auto #0
 __all__ = ['STAGES', 'TINY', 'leaving', 'Tower', 'OpenClipTower', 'TimmTower', 'eva02_nano_patch12_96', 'HFTower', 'tower_of',
-           'Encoder', 'frozen', 'fingerprint', 'nearest', 'parse_name', 'quiet', 'load_open_clip', 'load_transformers',
-           'load_encoder']
+           'Encoder', 'frozen', 'fingerprint', 'nearest', 'parse_name', 'loading', 'load_open_clip',
+           'load_transformers', 'load_encoder']
 
 # %% ../nbs/03_encoders.ipynb #630e05cf
 import difflib, hashlib, logging
@@ -211,7 +211,7 @@ def contract(self:Encoder) -> dict:
 @patch
 def _repr_markdown_(self:Encoder): return "\n".join(["| | |", "|---|---|"] + [f"| {k} | {v} |" for k, v in self.contract.items()])
 
-# %% ../nbs/03_encoders.ipynb #4db55a57
+# %% ../nbs/03_encoders.ipynb #1f93b39d
 TINY = ("tiny-clip", "tiny-eva")
 
 def nearest(name, known): # for an error message
@@ -232,18 +232,24 @@ def parse_name(
         if (folder/"open_clip_config.json").exists(): return "open_clip", f"local-dir:{folder}", None, "local"
         if (folder/"config.json").exists(): return "transformers", str(folder), None, "local"
         raise InputError(f"{name} holds neither open_clip_config.json nor config.json: give the folder of one model")
-    if name.count("/") == 1 and arch not in ("", ".", "..", "~"): return "transformers", name, None, "hub"
+    typo = difflib.get_close_matches(arch, open_clip.list_models(), cutoff=.8)
+    if name.count("/") == 1 and arch not in ("", ".", "..", "~") and not typo: return "transformers", name, None, "hub"
     raise InputError(f"no encoder and no folder '{name}': {nearest(name, [*TINY, *open_clip.list_models()])}")
 
-# %% ../nbs/03_encoders.ipynb #4493b031
+# %% ../nbs/03_encoders.ipynb #287e11e7
 @contextmanager
-def quiet():
-    "Hold back log messages up to warnings"
+def loading(
+    what:str # for the message
+):
+    "Turn what a library raises into one `InputError`, and hold back its log messages up to warnings"
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try: yield
+    except InputError: raise
+    except Exception as e: raise InputError(f"{what} cannot be loaded: {(str(e) or type(e).__name__).splitlines()[0]}") from e
     finally: logging.disable(before)
 
+# %% ../nbs/03_encoders.ipynb #5c2008e9
 def load_open_clip(
     source:str,        # architecture, or "local-dir:" and a folder
     tag:str|None=None  # of published weights
@@ -251,17 +257,16 @@ def load_open_clip(
     "Tower, tokenizer and preprocessing from open_clip; raises `InputError` where it cannot build or find them"
     folder = Path(source.removeprefix("local-dir:"))
     bpe = dict(bpe_path=str(folder/"bpe.txt.gz")) if (folder/"bpe.txt.gz").exists() else {}
-    try:
-        with quiet():
-            model = open_clip.create_model(source, tag, pretrained_text=False, require_pretrained=bool(tag) or source.startswith("local-dir:"),
-                                           force_quick_gelu=bool(tag and get_pretrained_cfg(source, tag).get("quick_gelu")))
-            tokenize = open_clip.get_tokenizer(source, **bpe)
-    except (OSError, RuntimeError, ValueError) as e: raise InputError(f"open_clip cannot load {Path(source).name} {tag or ''}: {str(e).splitlines()[0]}") from e
+    with loading(source.removeprefix("local-dir:") + (f"/{tag}" if tag else "")):
+        model = open_clip.create_model(source, tag, pretrained_text=False, require_pretrained=bool(tag) or source.startswith("local-dir:"),
+                                       force_quick_gelu=bool(tag and get_pretrained_cfg(source, tag).get("quick_gelu")))
+        tokenize = open_clip.get_tokenizer(source, **bpe)
     pre = model.visual.preprocess_cfg
-    about = dict({k: pre[k] for k in ("mean", "std", "interpolation", "resize_mode")}, versions={p: version(p) for p in ("torch", "open_clip_torch", "timm")})
+    about = dict(mean=list(pre["mean"]), std=list(pre["std"]), interpolation=pre["interpolation"], resize_mode=pre["resize_mode"],
+                 versions={p: version(p) for p in ("torch", "open_clip_torch", "timm")})
     return tower_of(model, tokenize, image_transform_v2(PreprocessCfg(**pre), is_train=False), about)
 
-# %% ../nbs/03_encoders.ipynb #199f041f
+# %% ../nbs/03_encoders.ipynb #268cb297
 def _pixels(processor, image): return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 def load_transformers(
@@ -270,13 +275,12 @@ def load_transformers(
     "Tower, tokenizer and preprocessing from transformers; raises `InputError` for what is not a plain, complete CLIP"
     from PIL.Image import Resampling
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PretrainedConfig
-    try:
+    with loading(source):
         config = PretrainedConfig.get_config_dict(source)[0]
         if config.get("model_type") != "clip" or "auto_map" in config:
             raise InputError(f"{source} is no plain CLIP but {config.get('architectures', ['unknown'])[0]}: remote code is off; choose a CLIP, or an EVA tower of open_clip")
         model, info = CLIPModel.from_pretrained(source, output_loading_info=True)
         p = CLIPImageProcessor.from_pretrained(source)
-    except OSError as e: raise InputError(f"transformers cannot load {source}: {str(e).splitlines()[0]} {nearest(source, [*TINY, *open_clip.list_models()])}") from e
     if info["missing_keys"]: raise InputError(f"{source} lacks {len(info['missing_keys'])} tensors, first {sorted(info['missing_keys'])[0]}: download it again")
     try: tokenize = partial(AutoTokenizer.from_pretrained(source), padding=True, truncation=True, return_tensors="pt", max_length=model.config.text_config.max_position_embeddings)
     except (OSError, ValueError): tokenize = None

@@ -201,12 +201,12 @@ def verify(self:FeatureDataset) -> int: # shards that were read
         if sha256_file(f := self.folder/s["file"]) != s["sha256"]: raise InputError(f"{f} does not match its checksum: it was damaged after writing; restore it, or extract into another folder")
     return len(self.manifest["shards"])
 
-# %% ../nbs/02_shards.ipynb #b217c71a
+# %% ../nbs/02_shards.ipynb #c5b84549
 @patch
 def _repr_markdown_(self:FeatureDataset):
     rows = {"samples": f"{len(self):,} of {self.manifest['samples']:,}", "split": self.split or "all", "dtype": self.manifest["dtype"],
             "shards": f"{len(self.manifest['shards'])}, {sum(s['bytes'] for s in self.manifest['shards'])/1e6:,.1f} MB",
-            **{n: f"{list(s)}, {self.contract.get(n, {}).get('name', '')}" for n, s in self.manifest["shapes"].items()}}
+            **{n: f"{list(s)}, {self.contract.get(n, {}).get('model', '')}" for n, s in self.manifest["shapes"].items()}}
     return "\n".join([f"**{self.folder.name}**", "", "| | |", "|---|---|"] + [f"| {k} | {v} |" for k, v in rows.items()])
 
 # %% ../nbs/02_shards.ipynb #ba0afbfb
