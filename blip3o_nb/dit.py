@@ -121,9 +121,9 @@ def check(self:BLIP3oDiTConfig):
         warnings.warn(f"hidden_size {d} is below the target's {self.target_size} channels, too narrow to carry the noise in prediction_type="
                       f"'{self.prediction_type}': use prediction_type='sample' or a wider model", stacklevel=4)
 
-# %% ../nbs/07_dit.ipynb #cc528f27
+# %% ../nbs/07_dit.ipynb #6f5631cb
 PRESETS = {name: dict(hidden_size=d, num_hidden_layers=n, num_attention_heads=h, num_key_value_heads=kv) for name, d, n, h, kv in [
-    ("nano", 256, 6, 4, 2), ("tiny", 384, 6, 6, 2), ("small", 512, 8, 8, 4),
+    ("nano", 192, 4, 4, 2), ("tiny", 384, 6, 6, 2), ("small", 512, 8, 8, 4),
     ("base", 768, 12, 12, 4), ("large", 1024, 16, 16, 4), ("nextdit", 1792, 24, 28, 28)]}
 
 @patch(cls_method=True)

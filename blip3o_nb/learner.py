@@ -8,9 +8,11 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/learner.html.md"""
 __all__ = ['FlowCallback', 'RegressionCallback', 'ema_decay', 'EMACallback', 'fast_dtype', 'PrecisionCallback', 'ProgressBar',
            'decay_groups', 'DecayMatricesOnly', 'flow_learner']
 
-# %% ../nbs/12_learner.ipynb #d41d53a0
+# %% ../nbs/12_learner.ipynb #5ae3ac5d
+import warnings
 from functools import partial
 import torch
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning) # raised by the import of fastai
 from torch.optim.swa_utils import AveragedModel
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
@@ -26,7 +28,7 @@ from .losses import BLIP3oFlowMatchingLoss, cls_weights
 from .paths import LinearPath, PathSample, sample_times
 from .shards import Normalizer
 
-# %% ../nbs/12_learner.ipynb #8c4b95f2
+# %% ../nbs/12_learner.ipynb #97b602d8
 class FlowCallback(Callback):
     "Turn a batch `(cond, target)` into `(xt, t, cond)` and the path sample that the loss compares with"
     order, name = -5, "flow"
@@ -35,7 +37,7 @@ class FlowCallback(Callback):
         cond_norm:Normalizer,   # applied to the conditioning
         path=None,              # probability path; default `LinearPath()`
         times:str="uniform",    # how t is drawn: see `sample_times`
-        shift:float=1.,         # dimension shift of t towards noise; 1 is none
+        shift:float=3.,         # towards noise, see `shift_times`; 1 is none
         seed:int=0
     ):
         self.target_norm, self.cond_norm, self.path = target_norm, cond_norm, path or LinearPath()
@@ -132,14 +134,15 @@ class DecayMatricesOnly(Callback):
     "Weight decay on the first group of `decay_groups` only"
     def before_fit(self): self.opt.set_hyper("wd", [self.opt.hypers[0]["wd"], 0.])
 
-# %% ../nbs/12_learner.ipynb #b15372d7
+# %% ../nbs/12_learner.ipynb #8f47d640
 def flow_learner(
     dls:DataLoaders,        # from `feature_dls`: batches `(cond, target)`
     model:BLIP3oDiT,        # its `prediction_type` decides what it answers
     task:str|Task|None=None,# default: the task of the DataLoaders
     path=None,              # default: `LinearPath()`
     times:str="uniform",    # see `sample_times`
-    shift:float=1.,         # dimension shift of the times
+    shift:float=3.,         # of the times towards noise, see `shift_times`; 1 is none
+    loss_space:str|None=None, # where errors are measured, see `BLIP3oFlowMatchingLoss`; default: the kind of the model's answer
     cls_weight:float=1.,    # weight of the CLS token in the loss, before normalisation to mean 1
     lr:float=1e-3, wd:float=.01, betas:tuple=(.9, .95),
     ema:float=.999,         # final decay of the average of the weights
@@ -153,12 +156,13 @@ def flow_learner(
     if path is None and task.path != "linear": raise InputError(f"task '{task.name}' flows along the '{task.path}' path, which this version lacks: pass path=LinearPath()")
     if objective not in ("flow", "regression"): raise InputError(f"unknown objective '{objective}': choose flow or regression")
     if task != dls.task: raise InputError(f"the DataLoaders hold task '{dls.task.name}', not '{task.name}': make them with feature_dls(..., task='{task.name}')")
+    answer = model.config.prediction_type
+    if objective == "regression" and answer == "epsilon": raise InputError("a regression has no noise to answer: build the model with prediction_type='sample'")
     _check_shapes(dls, model)
     norms = Normalizer(task.target_norm, dls.target_stats), Normalizer(task.cond_norm, dls.cond_stats)
     flow = (FlowCallback if objective == "flow" else RegressionCallback)(*norms, path=path, times=times, shift=shift, seed=seed)
     w = cls_weights(model.config.num_tokens, cls_weight)
-    loss = BLIP3oFlowMatchingLoss(prediction_type=model.config.prediction_type, token_weights=w,
-                                  loss_space="velocity" if objective == "flow" else "sample")
+    loss = BLIP3oFlowMatchingLoss(prediction_type=answer, token_weights=w, loss_space=loss_space or answer)
     opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=betas, eps=1e-8, fused=True))
     learn = Learner(dls, model, loss_func=loss, opt_func=opt, lr=lr, wd=wd, splitter=decay_groups, moms=(betas[0],)*3,
                     cbs=[flow, EMACallback(ema), PrecisionCallback(precision), GradientClip(clip), DecayMatricesOnly(),
