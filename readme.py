@@ -1,7 +1,24 @@
-"""README.md from nbs/index.ipynb, without Quarto: prose, visible code, and what the stored outputs show."""
-import re
+"""README.md from nbs/index.ipynb, without Quarto: prose, visible code, and what the stored outputs show.
+
+`python readme.py runs/demo` first takes the figures and the gallery of that run over into nbs/, for the index to show."""
+import re, shutil, sys
 from pathlib import Path
 from fastcore.nbio import read_nb
+
+ROOT = Path(__file__).parent
+
+def take_over(run):
+    "Copy a run's report, and draw its gallery with four pictures"
+    from blip3o_nb.core import data_path
+    from blip3o_nb.evaluate import for_gallery, text_side
+    from blip3o_nb.inference import Pipeline
+    from blip3o_nb.shards import FeatureDataset
+    from blip3o_nb.viz import fig_to_png, gallery, use_style
+    use_style()
+    shutil.copy(run/"report.json", ROOT/"nbs/demo_report.json")
+    pipe, held = Pipeline.from_pretrained(run/"checkpoint"), FeatureDataset(run/"features", "held_out")
+    shown = for_gallery(held, data_path("openclipart.tar.gz"), text_side(pipe, held), held.column("clip"), pipe(held.column("eva")), n=4)
+    (ROOT/"nbs/images/demo_gallery.png").write_bytes(fig_to_png(gallery(**shown)[0, 0]))
 
 def cell_markdown(c):
     if c.cell_type == "markdown": return [c.source]
@@ -11,7 +28,7 @@ def cell_markdown(c):
     return code + ["".join(s) for s in shown if s]
 
 if __name__ == "__main__":
-    root = Path(__file__).parent
-    text = "\n\n".join(s for c in read_nb(root/"nbs/index.ipynb").cells for s in cell_markdown(c))
-    text = re.sub(r"\]\((images/)", r"](nbs/\1", text)
-    (root/"README.md").write_text("<!-- made from nbs/index.ipynb by readme.py: edit the notebook -->\n\n" + text.strip() + "\n", encoding="utf-8")
+    if len(sys.argv) > 1: take_over(Path(sys.argv[1]))
+    text = "\n\n".join(s for c in read_nb(ROOT/"nbs/index.ipynb").cells for s in cell_markdown(c))
+    text = re.sub(r"\]\((images/|\d\d_|tutorials/|assets/)", r"](nbs/\1", text)
+    (ROOT/"README.md").write_text("<!-- made from nbs/index.ipynb by readme.py: edit the notebook -->\n\n" + text.strip() + "\n", encoding="utf-8")
