@@ -18,7 +18,7 @@ demo: $(STAMP)       ## images to report, offline, in runs/demo
 	$(VENV)/bin/blip3o_demo
 
 test: $(STAMP)       ## notebooks, modules, commands
-	$(PY) -m pytest
+	$(PY) -m pytest $(TESTS)
 
 lab: $(STAMP)        ## the notebooks in JupyterLab
 	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet jupyterlab

@@ -7,9 +7,10 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/cli.html.md"""
 # %% auto #0
 __all__ = ['one_line_errors', 'check_folder', 'check_same', 'train_step', 'blip3o_demo', 'clear']
 
-# %% ../nbs/16_cli.ipynb #37284765
+# %% ../nbs/16_cli.ipynb #a4c31c6a
 import functools, os, shutil, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from fastcore.script import call_parse
 
 # %% ../nbs/16_cli.ipynb #814fdaba
@@ -41,7 +42,7 @@ def check_folder(
     except OSError as e: raise InputError(f"cannot write to {out}: {e.strerror}; choose another folder with --out") from e
     return out
 
-# %% ../nbs/16_cli.ipynb #f14fd493
+# %% ../nbs/16_cli.ipynb #c95069cb
 def check_same(
     folder:Path, # of a complete checkpoint
     task:str,
@@ -57,8 +58,9 @@ def check_same(
 def train_step(
     folder:Path,   # of the checkpoint
     features:Path, # feature shards
-    task:str, size:str, bs:int, epochs:int, lr:float, seed:int, prediction_type:str, cls_weight:float, objective:str="flow",
-    progress:bool=True
+    task:str,
+    options:dict,  # size, prediction_type, bs, epochs, lr, cls_weight and seed; all that is in it is kept in the checkpoint
+    objective:str="flow", progress:bool=True
 ):
     "Train a network of a preset's size and store it"
     from blip3o_nb.core import seed_everything
@@ -66,18 +68,18 @@ def train_step(
     from blip3o_nb.inference import save_checkpoint
     from blip3o_nb.learner import flow_learner
     from blip3o_nb.shards import feature_dls
-    dls = feature_dls(features, task, bs=bs, seed=seed)
+    o = SimpleNamespace(**options)
+    dls = feature_dls(features, task, bs=o.bs, seed=o.seed)
     (n, d), (m, c) = dls.target_stats.mean.shape, dls.cond_stats.mean.shape
     widths = {f"{dls.task.cond}_embedding_size": c, f"{dls.task.target}_embedding_size": d}
-    seed_everything(seed)
-    model = BLIP3oDiT(BLIP3oDiTConfig.from_preset(size, task=task, num_tokens=n, cond_tokens=m, prediction_type=prediction_type, **widths))
-    learn = flow_learner(dls, model, lr=lr, seed=seed, cls_weight=cls_weight, objective=objective, progress=progress)
+    seed_everything(o.seed)
+    model = BLIP3oDiT(BLIP3oDiTConfig.from_preset(o.size, task=task, num_tokens=n, cond_tokens=m, prediction_type=o.prediction_type, **widths))
+    learn = flow_learner(dls, model, lr=o.lr, seed=o.seed, cls_weight=o.cls_weight, objective=objective, progress=progress)
     start = time.time()
-    learn.fit_one_cycle(epochs, pct_start=.1)
-    save_checkpoint(learn, folder, record=learn.record, steps_trained=learn.train_iter, seconds=round(time.time() - start), objective=objective, task=task,
-                    size=size, bs=bs, epochs=epochs, lr=lr, seed=seed, prediction_type=prediction_type, cls_weight=cls_weight)
+    learn.fit_one_cycle(o.epochs, pct_start=.1)
+    save_checkpoint(learn, folder, **options, steps_trained=learn.train_iter, seconds=round(time.time() - start), record=learn.record)
 
-# %% ../nbs/16_cli.ipynb #f10d73f8
+# %% ../nbs/16_cli.ipynb #6f540618
 @call_parse
 @one_line_errors
 def blip3o_demo(
@@ -98,26 +100,26 @@ def blip3o_demo(
     fresh:bool=False       # delete features, checkpoints and report in the folder, and start over
 ):
     "Pictures to CLIP and EVA-CLIP tokens, a flow between them, and a report on pictures it never saw"
-    from blip3o_nb.core import InputError, data_path, get_task
+    from blip3o_nb.core import data_path, get_task
     from blip3o_nb.dit import BLIP3oDiTConfig
+    from blip3o_nb.extract import extract, read_images
     get_task(task), BLIP3oDiTConfig.from_preset(size, prediction_type=prediction_type)
-    images = Path(images or data_path("openclipart.tar.gz"))
-    if not images.exists(): raise InputError(f"no images at {images}: give a WebDataset tar or a folder of pictures")
+    images, out = read_images(images or data_path("openclipart.tar.gz")).path, Path(out)
+    options = dict(size=size, prediction_type=prediction_type, epochs=epochs, bs=bs, lr=lr, cls_weight=cls_weight, seed=seed, limit=limit)
+    done = [] if fresh else [n for n in ("checkpoint", "regression") if (out/n/"flow.json").exists()]
+    for n in done: check_same(out/n, task, options)
     from blip3o_nb.encoders import load_encoder
     from blip3o_nb.evaluate import evaluate
-    from blip3o_nb.extract import extract
     encoders = [load_encoder(n, device=device or None) for n in (clip, eva)]
-    out = check_folder(out)
+    check_folder(out)
     if fresh: clear(out)
     extract(images, out/"features", *encoders, limit=limit or None)
-    options = dict(size=size, prediction_type=prediction_type, epochs=epochs, bs=bs, lr=lr, cls_weight=cls_weight, seed=seed)
-    for name, objective in (("checkpoint", "flow"), ("regression", "regression")):
-        if not (out/name/"flow.json").exists(): train_step(out/name, out/"features", task, objective=objective, **options)
-        else:
-            check_same(out/name, task, options)
-            print(f"{name}: there already, reused")
-    report = evaluate(out/"checkpoint", out/"features", images, out/"regression", out, seed)
-    print(f"\n{report}\n\nThe report is {out/'report.html'}, the trained flow {out/'checkpoint'}.")
+    for n, objective in (("checkpoint", "flow"), ("regression", "regression")):
+        if n in done: print(f"{n}: there already, reused")
+        else: train_step(out/n, out/"features", task, options, objective)
+    if len(done) == 2 and (out/"report.html").exists(): print("report: there already, reused")
+    else: print(f"\n{evaluate(out/'checkpoint', out/'features', images, out/'regression', out, seed)}\n")
+    print(f"The report is {out/'report.html'}, the trained flow {out/'checkpoint'}.")
 
 def clear(
     out:Path # folder of a run

@@ -8,7 +8,7 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/evaluate.html.md"""
 __all__ = ['METRICS', 'CAPTIONS', 'PAGE', 'SOLVERS', 'Row', 'measure', 'difference', 'Report', 'plot_record', 'plot_steps',
            'draw', 'check_contract', 'text_side', 'for_gallery', 'notes_of', 'facts_of', 'evaluate']
 
-# %% ../nbs/14_evaluate.ipynb #69b28281
+# %% ../nbs/14_evaluate.ipynb #cae61bca
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -20,7 +20,7 @@ from .core import InputError, atomic_path, write_json
 from .inference import Pipeline, nearest
 from .metrics import MeanBaseline, RidgeBaseline, Score, bootstrap, chance_level, derangement, patch_cosine, retrieval, token_scores, unique_captions
 from .shards import FeatureDataset, leak_check
-from .viz import fig_to_uri, gallery, plot_bars, plot_curve, plot_hist, token_map
+from .viz import fig_to_uri, gallery, plot_bars, plot_curve, plot_hist, token_map, use_style
 
 # %% ../nbs/14_evaluate.ipynb #9d174689
 METRICS = ["cosine", "centred", "norm ratio", "i2t R@1", "i2t R@5", "i2t R@10", "t2i R@5"]
@@ -237,7 +237,7 @@ def facts_of(pipe:Pipeline, train:FeatureDataset, held:FeatureDataset, leaks:dic
             "split": f"by key: {leaks['key family'][0]} and {leaks['key family'][1]} families of near-duplicates, no family and no image in both",
             "sampler": f"{pipe.method}, {pipe.steps} steps", **{k: v for k, v in pipe.training.items() if k != "record"}}
 
-# %% ../nbs/14_evaluate.ipynb #2fc9c0ba
+# %% ../nbs/14_evaluate.ipynb #d49e4d07
 SOLVERS = [("euler", 1), ("euler", 2), ("euler", 4), ("euler", 8), ("heun", 2), ("heun", 4)] # and number of steps
 
 def evaluate(
@@ -268,6 +268,8 @@ def evaluate(
     report.notes = notes_of(report, pipe.task, chance_level(side["own"], len(side["texts"])) if side else {})
     tokens = {k: patch_cosine(gens[k], real, center) for k in gens if k not in ("mean feature", "real tokens")}
     shown = for_gallery(held, images, side, real, gens["flow"]) if images is not None and side else None
-    report.figures = draw(report, tokens, pipe.training.get("record", {}), shown)
+    with plt.rc_context():
+        use_style()
+        report.figures = draw(report, tokens, pipe.training.get("record", {}), shown)
     if out: report.save(out)
     return report

@@ -1,8 +1,7 @@
 """`blip3o_demo` from a shell: what a small run leaves behind, a second run, what bad input does; and the full run's figures."""
-import json, os, shutil, subprocess, sys, time
+import json, os, subprocess, sys, time
 from pathlib import Path
 import pytest
-from safetensors.torch import load_file
 import torch
 
 BIN = Path(sys.executable).parent
@@ -49,10 +48,10 @@ def test_checkpoint_loads_again(small):
     assert a.shape == held.column("clip").shape and torch.equal(a, b)
 
 def test_second_run_reuses(small):
-    before = {f: f.stat().st_mtime_ns for d in ("features", "checkpoint", "regression") for f in (small/d).rglob("*") if f.is_file()}
+    before = {f: f.stat().st_mtime_ns for f in small.rglob("*") if f.is_file()}
     r = demo("--out", small, *SMALL)
     assert r.returncode == 0, r.stderr
-    assert r.stdout.count("there already") >= 3, r.stdout
+    assert r.stdout.count("there already") == 4, r.stdout
     assert before == {f: f.stat().st_mtime_ns for f in before}
 
 def test_same_seed_same_figures(small, tmp_path):
@@ -79,7 +78,7 @@ def test_corrupt_tar_is_refused(tmp_path):
     cut = tmp_path/"cut.tar.gz"
     cut.write_bytes(good[:len(good)//50])
     refused(demo("--out", tmp_path/"run2", "--images", cut), "cut.tar.gz")
-    assert not (tmp_path/"run"/"checkpoint").exists() and not (tmp_path/"run2"/"report.html").exists()
+    assert not (tmp_path/"run").exists() and not (tmp_path/"run2").exists()
 
 def test_unwritable_folder_is_refused(tmp_path):
     (tmp_path/"file").write_text("")
@@ -90,6 +89,7 @@ def test_unknown_names_are_refused(tmp_path):
     refused(demo("--out", tmp_path/"b", "--clip", "tiny-clap"), "tiny-clap")
     refused(demo("--out", tmp_path/"c", *SMALL, "--size", "gigantic"), "nano")
 
+@pytest.mark.slow
 def test_full_demo_reaches_its_bar(tmp_path):
     "The figures that the README states, on the held-out pictures, with the options a newcomer gets"
     r = demo("--out", tmp_path/"run")

@@ -1,15 +1,13 @@
-"""Every notebook runs from top to bottom, through nbdev."""
-import sys
+"""Every notebook runs from top to bottom through nbdev, in a process of its own: what one imports must not help or hurt another."""
+import subprocess, sys
 from pathlib import Path
 import pytest
-from nbdev.config import get_config
-from nbdev.test import test_nb as run_notebook
 
-NBS = Path(__file__).parents[1]/"nbs"
+ROOT = Path(__file__).parents[1]
+NBS = ROOT/"nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(x.startswith(("_", ".")) for x in p.relative_to(NBS).parts))
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[str(p.relative_to(NBS)) for p in NOTEBOOKS])
-def test_notebook(path, monkeypatch):
-    monkeypatch.chdir(path.parent)
-    ok, _ = run_notebook(path, skip_flags=get_config(NBS).tst_flags.split())
-    assert ok, f"{path.name} failed: see the traceback above"
+def test_notebook(path):
+    r = subprocess.run([Path(sys.executable).parent/"nbdev-test", path], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout + r.stderr
