@@ -7,4 +7,5 @@ VIRTUAL_ENV=$(realpath "$VENV") "$VENV/bin/uv" pip install --quiet smalldocs
 shim=$(mktemp -d); trap 'rm -rf "$shim"' EXIT
 printf '#!/bin/sh\nexit 0\n' > "$shim/quarto"; chmod +x "$shim/quarto"
 PATH="$shim:$PATH" nbdev-proc-nbs
-cd _proc && smalldocs render
+(cd _proc && smalldocs render)
+rm -rf _docs && mv _proc/_docs _docs && echo "the site is in _docs"
