@@ -51,7 +51,7 @@ def get_task(
     if name not in TASKS: raise InputError(f"unknown task '{name}': choose one of {', '.join(TASKS)}")
     return TASKS[name]
 
-# %% ../nbs/00_core.ipynb #a080093e
+# %% ../nbs/00_core.ipynb #26fa9396
 @dataclass(frozen=True)
 class Layout:
     "What the N tokens of an image are"
@@ -59,8 +59,6 @@ class Layout:
     grid: int     # the patches form a grid x grid square, row by row
     @property
     def num_tokens(self): return self.grid**2 + self.has_cls
-    @property
-    def name(self): return "cls_patch" if self.has_cls else ("grid_64" if self.grid == 8 else "patch_only")
 
 def layout_of(
     num_tokens:int # N of `[B, N, D]`
@@ -158,13 +156,13 @@ def data_path(
     if not p.exists(): raise InputError(f"the package's data file '{name}' is missing at {p}: reinstall blip3o_nb")
     return p
 
-# %% ../nbs/00_core.ipynb #230d3892
+# %% ../nbs/00_core.ipynb #81b706c3
 def toy_features(
     n:int=64,      # images
     grid:int=4,    # patches a side; there are `grid**2 + 1` tokens
     clip_dim:int=32,
     eva_dim:int=48,
-    noise:float=.1,# what each encoder sees that the other does not, as a share of the signal
+    noise:float=.1,# standard deviation of what each encoder sees that the other does not
     seed:int=0
 ) -> dict: # "clip" `[n, N, clip_dim]`, "eva" `[n, N, eva_dim]`, "captions", "keys"
     "Synthetic CLIP and EVA tokens of the same latent pictures"

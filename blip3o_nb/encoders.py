@@ -193,7 +193,7 @@ def encode_text(self:Encoder,
     parts = [self.tower.tokenize(list(texts[i:i+256])).to(self.device) for i in range(0, len(texts), 256)]
     return torch.cat([self.tower.text(p) for p in parts])
 
-# %% ../nbs/03_encoders.ipynb #acf91199
+# %% ../nbs/03_encoders.ipynb #51d0693b
 def fingerprint(
     model:nn.Module
 ) -> str: # 16 hex digits
@@ -206,7 +206,8 @@ def fingerprint(
 def contract(self:Encoder) -> dict:
     "What these features are, as it is stored with them"
     return dict(self.tower.about, stage=self.stage, normed=self.stage != "hidden", layout=self.layout, pooling=self.tower.pooling, pools_exactly=self.pools_exactly,
-                width=self.width, embed_dim=self.embed_dim, num_tokens=self.num_tokens, grid=layout_of(self.num_tokens).grid, image_size=self.tower.image_size)
+                width=self.width, embed_dim=self.embed_dim, num_tokens=self.num_tokens, grid=layout_of(self.num_tokens).grid, image_size=self.tower.image_size,
+                dtype=str(self.dtype).removeprefix("torch."))
 
 @patch
 def _repr_markdown_(self:Encoder): return "\n".join(["| | |", "|---|---|"] + [f"| {k} | {v} |" for k, v in self.contract.items()])

@@ -144,7 +144,7 @@ def same_pixels(
     "Whether both describe their preprocessing, and describe the same"
     return all(k in a and k in b and a[k] == b[k] for k in _PIXELS)
 
-# %% ../nbs/04_extract.ipynb #3b132a27
+# %% ../nbs/04_extract.ipynb #635efdab
 def extract(
     images:str|Path, # WebDataset tar or folder of pictures
     folder:str|Path, # of the shards; one that holds some with the same contract is gone on with
@@ -154,11 +154,12 @@ def extract(
     progress:bool=True, shard_size:int=1024
 ) -> FeatureDataset:
     "Features of all pictures that can be read; raises `InputError` for bad input, another contract, or where no picture is readable"
+    if min(bs, shard_size, 1 if limit is None else limit) < 1: raise InputError(f"bs {bs}, shard_size {shard_size} and limit {limit} must be at least 1, or limit None for all")
     folder, reader = Path(folder), read_images(images)
     w = ShardWriter(folder, {"clip": clip.contract, "eva": eva.contract}, dtype, shard_size)
     known = read_json(folder/"skipped.json") if (folder/"skipped.json").exists() else {}
     reader.skip |= w.done | set(known)
-    room = max(0, limit - len(w.done)) if limit else None
+    room = max(0, limit - len(w.done)) if limit is not None else None
     todo = len([k for k in reader.keys if k not in reader.skip][:room])
     if w.done and not todo: print(f"{folder.name}: {len(w.done):,} samples are there already, reused")
     with w, torch.no_grad(), tqdm(total=todo, desc="extract", unit="image", disable=not progress or not todo) as bar:
