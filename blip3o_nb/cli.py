@@ -79,7 +79,7 @@ def train_step(
     learn.fit_one_cycle(o.epochs, pct_start=.1)
     save_checkpoint(learn, folder, **options, steps_trained=learn.train_iter, seconds=round(time.time() - start), record=learn.record)
 
-# %% ../nbs/16_cli.ipynb #6f540618
+# %% ../nbs/16_cli.ipynb #99f9a190
 @call_parse
 @one_line_errors
 def blip3o_demo(
@@ -105,7 +105,7 @@ def blip3o_demo(
     from blip3o_nb.extract import extract, read_images
     get_task(task), BLIP3oDiTConfig.from_preset(size, prediction_type=prediction_type)
     images, out = read_images(images or data_path("openclipart.tar.gz")).path, Path(out)
-    options = dict(size=size, prediction_type=prediction_type, epochs=epochs, bs=bs, lr=lr, cls_weight=cls_weight, seed=seed, limit=limit)
+    options = dict(size=size, prediction_type=prediction_type, epochs=epochs, bs=bs, lr=lr, cls_weight=cls_weight, seed=seed, source=images.name, limit=limit)
     done = [] if fresh else [n for n in ("checkpoint", "regression") if (out/n/"flow.json").exists()]
     for n in done: check_same(out/n, task, options)
     from blip3o_nb.encoders import load_encoder
