@@ -25,7 +25,7 @@ lab: $(STAMP)        ## the notebooks in JupyterLab
 	$(VENV)/bin/jupyter lab nbs
 
 docs: $(STAMP)       ## the site, in _docs
-	VENV=$(VENV) PY=$(PY) bash docs.sh
+	VENV=$(VENV) bash docs.sh
 
 bench: $(STAMP)      ## speed of this machine and of this library on it
 	$(PY) benchmarks/bench.py

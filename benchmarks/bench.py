@@ -34,7 +34,7 @@ def machine(n=2048):
     return 2*n**3/seconds(lambda: a @ b), 2*big.nbytes/seconds(lambda: big.clone())
 
 def training_step(model, bs):
-    "One step of the flow as `flow_learner` does it: forward, loss, backward, clipping, AdamW"
+    "One step of the flow: forward, loss, backward, clipping and AdamW; without the weight average and the loop of fastai"
     c, opt, loss = model.config, torch.optim.AdamW(model.parameters(), fused=True), BLIP3oFlowMatchingLoss(prediction_type=model.config.prediction_type, loss_space="sample")
     x1, cond = (torch.randn(bs, n, d, device=DEVICE) for n, d in ((c.num_tokens, c.target_size), (c.cond_tokens, c.cond_size)))
     def step():

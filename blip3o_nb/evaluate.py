@@ -22,7 +22,7 @@ from .metrics import MeanBaseline, RidgeBaseline, Score, bootstrap, chance_level
 from .shards import FeatureDataset, leak_check
 from .viz import fig_to_uri, gallery, plot_bars, plot_curve, plot_hist, token_map, use_style
 
-# %% ../nbs/14_evaluate.ipynb #9d174689
+# %% ../nbs/14_evaluate.ipynb #f70fabd7
 METRICS = ["cosine", "centred", "norm ratio", "i2t R@1", "i2t R@5", "i2t R@10", "t2i R@5"]
 
 @dataclass
@@ -30,7 +30,7 @@ class Row:
     "One way to make target tokens, and how it scored"
     name: str
     role: str    # "floor", "baseline", "model" or "ceiling"
-    values: dict # metric -> one value an image (for t2i: a caption)
+    values: dict = field(repr=False) # metric -> one value an image (for t2i: a caption)
     seed: int = 0
     def __post_init__(self): self.scores = {k: bootstrap(v, seed=self.seed) for k, v in self.values.items()}
 
@@ -54,8 +54,8 @@ def difference(
     "Mean of a's score minus b's on the same images"
     return bootstrap(a.values[metric] - b.values[metric], seed=a.seed)
 
-# %% ../nbs/14_evaluate.ipynb #6789b5aa
-@dataclass
+# %% ../nbs/14_evaluate.ipynb #94ad9c66
+@dataclass(repr=False)
 class Report:
     "Scores of a checkpoint between floor and ceiling, on images it never saw"
     rows: list
@@ -70,6 +70,7 @@ class Report:
         table = [f"{'':24}" + "".join(f"{c:>12}" for c in self.columns)]
         table += [f"{r.name:24}" + "".join(f"{r.scores[c].value:>12.3f}" for c in self.columns) for r in self.rows]
         return "\n".join([*table, "", *self.notes])
+    __repr__ = __str__
     def _repr_markdown_(self):
         lines = ["| |" + "|".join(self.columns) + "|", "|---|" + "---|"*len(self.columns)]
         lines += [f"| {r.name} |" + "|".join(str(r.scores[c]) for c in self.columns) + "|" for r in self.rows]
@@ -210,7 +211,7 @@ def for_gallery(
     near = lambda x: [[names[i] for i in row] for row in nearest(side["pool"](x[idxs]), side["texts"]).tolist()]
     return dict(images=[found[data.keys[i]] for i in idxs], own=[data.captions[i] for i in idxs], by_real=near(real), by_gen=near(gen))
 
-# %% ../nbs/14_evaluate.ipynb #c01cf5d0
+# %% ../nbs/14_evaluate.ipynb #3be5e66e
 def notes_of(
     report:Report,
     task,         # whose own note comes first
@@ -226,7 +227,7 @@ def notes_of(
     if "i2t R@5" in flow.scores:
         a, b = flow.scores["i2t R@5"], report.row("real tokens").scores["i2t R@5"]
         share = f", {a.value/b.value:.0%} of what the real tokens reach ({b.value:.3f})" if b.value else ""
-        notes.append(f"Captions: recall at 5 is {a.value:.3f}{share}; the same ranking for every image would reach {chance['i2t R@5']:.3f}.")
+        notes.append(f"Captions: recall at 5 is {a.value:.3f}{share}; the best single ranking for all images would reach {chance['i2t R@5']:.3f}.")
     return notes
 
 # %% ../nbs/14_evaluate.ipynb #34a30c2e

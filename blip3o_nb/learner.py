@@ -1,4 +1,4 @@
-"""Train a flow with fastai: one callback draws noise and time, others keep an average of the weights, choose the precision and show progress; then save a checkpoint that samples.
+"""Train a flow with fastai: one callback draws noise and time, others keep an average of the weights, choose the precision and show progress; then judge it by generation.
 
 Docs: https://blip3o-nb.github.io/blip3o_nb/learner.html.md"""
 

@@ -133,16 +133,16 @@ def token_rgb(
     lo, hi = torch.tensor(np.quantile(y.numpy(), [.02, .98], axis=0), dtype=y.dtype)
     return ((y-lo)/(hi-lo).clamp(min=1e-8)).clamp(0, 1).view(len(x), lay.grid, lay.grid, 3)
 
-# %% ../nbs/01_viz.ipynb #69ae1bf7
+# %% ../nbs/01_viz.ipynb #f1a1e5c5
 def smoothed(
     y,        # `[n]`
     points:int # width of the window
 ) -> np.ndarray: # `[n]`
-    "Centred moving average, whose window shrinks towards both ends"
-    y = np.asarray(y, float); i = np.arange(len(y))
-    w = np.minimum(np.minimum(i, i[::-1]), points//2)
-    c = np.concatenate([[0.], y.cumsum()])
-    return (c[i+w+1] - c[i-w])/(2*w+1)
+    "Centred moving average; nan at both ends, where the window does not fit"
+    y = np.asarray(y, float); n, w = len(y), min(points, len(y)//2)//2
+    c, out = np.concatenate([[0.], y.cumsum()]), np.full(n, np.nan)
+    out[w:n-w] = (c[2*w+1:] - c[:n-2*w])/(2*w+1)
+    return out
 
 # %% ../nbs/01_viz.ipynb #5d2b96f1
 def plot_curve(
