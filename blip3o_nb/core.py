@@ -181,7 +181,7 @@ def toy_features(
     return dict(clip=see(clip_dim), eva=see(eva_dim), keys=[f"toy{seed}-{i:05d}" for i in range(n)],
                 captions=[" and ".join(names[k] for k in row.unique().tolist()) for row in kind])
 
-# %% ../nbs/00_core.ipynb #115b0be1
+# %% ../nbs/00_core.ipynb #b057ffc1
 class Config:
     "Mixin for dataclasses: JSON, a table, and a refusal of unknown names"
     def to_dict(self) -> dict: return asdict(self)
@@ -192,6 +192,11 @@ class Config:
         if unknown := sorted(set(d) - known):
             raise InputError(f"{cls.__name__} has no option {', '.join(map(repr, unknown))}: known are {', '.join(sorted(known))}")
         return cls(**d)
+    def check_positive(self, but=(), or_zero=()):
+        "Raise `InputError` for an option that is no positive number; None is left alone"
+        for k, v in vars(self).items():
+            if k in but or v is None: continue
+            if isinstance(v, bool) or not isinstance(v, (int, float)) or v < 0 or (v == 0 and k not in or_zero): raise InputError(f"{k} is {v!r}: choose a positive number")
     def _repr_markdown_(self):
         return "\n".join([f"**{type(self).__name__}**", "", "| option | value |", "|---|---|"] +
                          [f"| {k} | {v} |" for k, v in self.to_dict().items()])

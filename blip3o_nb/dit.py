@@ -6,10 +6,10 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/dit.html.md"""
 
 # %% auto #0
 __all__ = ['TIME_WIDTH', 'PRESETS', 'time_embedding', 'SwiGLU', 'modulate', 'rms_norm', 'Block', 'swiglu_width',
-           'BLIP3oDiTConfig', 'WideHead', 'CondCache', 'BLIP3oDiT', 'forward_flops']
+           'BLIP3oDiTConfig', 'WideHead', 'CondCache', 'Pretrained', 'BLIP3oDiT', 'forward_flops']
 
-# %% ../nbs/07_dit.ipynb #96e79317
-import re, warnings
+# %% ../nbs/07_dit.ipynb #0ec4406d
+import importlib, re, warnings
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -80,7 +80,7 @@ class Block(nn.Module):
             x = torch.addcmul(x, gate, post(f(modulate(rms_norm(x), shift, scale))))
         return x
 
-# %% ../nbs/07_dit.ipynb #4ceccd8c
+# %% ../nbs/07_dit.ipynb #6eabee35
 def swiglu_width(dim): return max(64, 64*round(dim*8/3/64)) # 8/3 of the width, to the nearest 64
 
 @dataclass
@@ -107,8 +107,10 @@ class BLIP3oDiTConfig(Config):
     head_layers: int = 2                # blocks of that head
 
     def __post_init__(self):
+        self.check_positive(but=("task", "prediction_type", "fusion", "qk_norm", "sandwich_norm"), or_zero=("cond_dropout", "head_width"))
         if self.intermediate_size is None: self.intermediate_size = swiglu_width(self.hidden_size)
         if self.cond_tokens is None: self.cond_tokens = self.num_tokens
+        if self.prediction_type == "v_prediction": self.prediction_type = "velocity" # diffusers' name
         self.check()
         self.fusion = self.fusion and self.cond_tokens == self.num_tokens
 
@@ -117,18 +119,18 @@ class BLIP3oDiTConfig(Config):
     @property
     def cond_size(self): return getattr(self, f"{get_task(self.task).cond}_embedding_size")
 
-# %% ../nbs/07_dit.ipynb #b99ffea1
+# %% ../nbs/07_dit.ipynb #2aaaa608
 @patch
 def check(self:BLIP3oDiTConfig):
     "Raise `InputError` for a value that is impossible; warn where the network is too narrow for what it is to predict"
-    for k, v in self.to_dict().items():
-        if not isinstance(v, (str, bool)) and v <= 0 and k not in ("cond_dropout", "head_width"): raise InputError(f"{k} is {v}: choose a positive number")
     for n in (self.num_tokens, self.cond_tokens): layout_of(n)
+    if not isinstance(self.task, str): raise InputError("task is no name: choose one of `TASKS`, so that the configuration can be stored")
     get_task(self.task)
     d, h, kv = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
     divisors = lambda n, ok=lambda i: True: ", ".join(str(i) for i in range(1, n+1) if n % i == 0 and ok(i))
+    if d % 4: raise InputError(f"hidden_size {d} cannot be split into heads of a multiple of 4 channels: choose a multiple of 4")
     if d % h or d//h % 4: raise InputError(f"num_attention_heads {h} does not split hidden_size {d} into heads of a multiple of 4 channels: choose "
-                                           f"one of {divisors(d, lambda i: d//i % 4 == 0) or 'none: make hidden_size a multiple of 4'}")
+                                           f"one of {divisors(d, lambda i: d//i % 4 == 0)}")
     if h % kv: raise InputError(f"num_key_value_heads {kv} does not divide num_attention_heads {h}: choose one of {divisors(h)}")
     if self.prediction_type not in ("sample", "velocity", "epsilon"):
         raise InputError(f"unknown prediction_type '{self.prediction_type}': choose sample, velocity or epsilon")
@@ -155,9 +157,9 @@ def from_preset(cls:BLIP3oDiTConfig,
     if name not in PRESETS: raise InputError(f"unknown preset '{name}': choose one of {', '.join(PRESETS)}")
     return cls.from_dict({**PRESETS[name], **overrides})
 
-# %% ../nbs/07_dit.ipynb #10713cfc
+# %% ../nbs/07_dit.ipynb #af863185
 class WideHead(nn.Module):
-    "Blocks of width `head_width` over the noisy tokens, modulated by the narrow network's tokens (RAE, Zheng et al. 2025, section 4.3)"
+    "Blocks of width `head_width` over the noisy tokens, modulated by the narrow network's tokens (RAE, Zheng et al. 2025, section 5)"
     def __init__(self, c:BLIP3oDiTConfig):
         super().__init__()
         w, heads = c.head_width, c.head_width*c.num_attention_heads//c.hidden_size
@@ -175,8 +177,17 @@ class CondCache(NamedTuple):
     fused: torch.Tensor|None                     # `[B, N, hidden_size]`, added to the noisy tokens
     kv: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values for each block, `[B, kv_heads, M, head_dim]`
 
-# %% ../nbs/07_dit.ipynb #4eeb5615
-class BLIP3oDiT(nn.Module):
+# %% ../nbs/07_dit.ipynb #63fe78e0
+class Pretrained(nn.Module):
+    "Base of the networks, which are saved as folders; their tables stay float32 when the parameters are cast"
+    def _apply(self, fn, recurse=True):
+        tables = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, table in tables.items():
+            if not table.is_meta: setattr(self, name, table.to(getattr(self, name).device))
+        return self
+
+class BLIP3oDiT(Pretrained):
     "Diffusion transformer from noisy target tokens, a time and conditioning tokens to an answer of the target's shape"
     config_class = BLIP3oDiTConfig
     def __init__(self, config:BLIP3oDiTConfig):
@@ -198,21 +209,24 @@ class BLIP3oDiT(nn.Module):
 
     def forward(self,
         xt,       # noisy tokens `[B, N, target_size]`
-        t,        # `[B]`, 0 is noise, 1 is data
+        t,        # `[B]` or one for all, 0 is noise, 1 is data
         cond,     # `[B, M, cond_size]`, or what `cond_cache` made of it
         drop=None # `[B]`, true where an image loses its conditioning; default: drawn in training, none otherwise
     ): # `[B, N, target_size]`: sample, velocity or noise, as `config.prediction_type` says
+        c = self.config
+        if xt.ndim != 3 or xt.shape[1:] != (c.num_tokens, c.target_size): raise InputError(f"xt is {list(xt.shape)}: this network takes [B, {c.num_tokens}, {c.target_size}]")
         if not isinstance(cond, CondCache): cond = self.cond_cache(cond, drop)
+        elif drop is not None: raise InputError("drop comes too late for a cache: give it to cond_cache")
         x = self.inp(xt) + self.pos                                                 # [B, N, hidden_size]
         if cond.fused is not None: x = x + cond.fused
-        temb = self.time(time_embedding(t).to(self.pos.dtype))[:, None]             # [B, 1, hidden_size]
+        temb = self.time(time_embedding(t.expand(len(xt))).to(self.pos.dtype))[:, None]             # [B, 1, hidden_size]
         for block, kv in zip(self.blocks, cond.kv):
             if self.gradient_checkpointing and torch.is_grad_enabled(): x = checkpoint(block, x, temb, self.rope, kv, use_reentrant=False)
             else: x = block(x, temb, self.rope, kv)
         if self.head is not None: x, temb = self.head(xt, rms_norm(x) + temb, self.rope)
         return self.out(modulate(rms_norm(x), *self.ada(temb).chunk(2, -1)))
 
-# %% ../nbs/07_dit.ipynb #50fc0c24
+# %% ../nbs/07_dit.ipynb #f8576aba
 @patch
 def reset(self:BLIP3oDiT):
     "Xavier-uniform matrices and zero biases; modulations and the output layer start at zero (Peebles & Xie 2022, section 3.2)"
@@ -230,6 +244,8 @@ def cond_cache(self:BLIP3oDiT,
     drop:torch.Tensor|None=None # `[B]`, true where the learned null takes its place; default: drawn in training, none otherwise
 ) -> CondCache:
     "Project the conditioning for all blocks; a sampler does it once and passes the result in place of `cond`"
+    c = self.config
+    if cond.ndim != 3 or cond.shape[1:] != (c.cond_tokens, c.cond_size): raise InputError(f"cond is {list(cond.shape)}: this network takes [B, {c.cond_tokens}, {c.cond_size}]")
     if drop is None and self.training and self.null is not None: drop = torch.rand(len(cond), device=cond.device) < self.config.cond_dropout
     if drop is not None:
         if self.null is None: raise InputError("this network has learned no answer without conditioning: build it with cond_dropout above 0")
@@ -252,9 +268,9 @@ def forward_flops(
     ends = n*(d + w)*c.target_size + m*d*c.cond_size + (n*d*d if c.fusion else 0)
     return 2*(c.num_hidden_layers*block + head + ends + TIME_WIDTH*d + d*d + last)
 
-# %% ../nbs/07_dit.ipynb #25284ccf
+# %% ../nbs/07_dit.ipynb #70526da2
 @patch
-def save_pretrained(self:BLIP3oDiT,
+def save_pretrained(self:Pretrained,
     folder:str|Path # made if it is not there
 ):
     "Write `model.safetensors` and `config.json`; raises `InputError` that names the file"
@@ -264,7 +280,7 @@ def save_pretrained(self:BLIP3oDiT,
         write_json(folder/"config.json", {"architectures": [type(self).__name__], **self.config.to_dict()})
     except (OSError, SafetensorError) as e: raise InputError(f"cannot write to {folder}: {e}; free some space or choose another folder") from e
 
-# %% ../nbs/07_dit.ipynb #2acf762e
+# %% ../nbs/07_dit.ipynb #88fd5db2
 def _folder(name):
     "The folder of that name, or of that model on the hub"
     if Path(name).is_dir(): return Path(name)
@@ -274,15 +290,25 @@ def _folder(name):
     except (OSError, ValueError) as e: raise InputError(f"no folder {name}, and the Hugging Face hub did not give it ({type(e).__name__}): check the name and the network") from e
 
 @patch(cls_method=True)
-def from_pretrained(cls:BLIP3oDiT,
+def from_pretrained(cls:Pretrained,
     name:str|Path # a folder that `save_pretrained` wrote, or a model on the hub as "owner/model"
 ):
-    "Load a saved model, on the CPU; raises `InputError` that names the file"
+    "Load a saved model, on the CPU and in evaluation mode; raises `InputError` that names the file"
     folder = _folder(name)
-    known, weights = {f.name for f in fields(cls.config_class)}, folder/"model.safetensors"
-    model = cls(cls.config_class(**{k: v for k, v in read_json(folder/"config.json").items() if k in known}))
+    known, weights, config = {f.name for f in fields(cls.config_class)}, folder/"model.safetensors", read_json(folder/"config.json")
+    kind = config.get("architectures", [cls.__name__])[0]
+    if kind != cls.__name__: raise InputError(f"{folder} holds a {kind}: load it with {kind}.from_pretrained")
+    model = cls(cls.config_class(**{k: v for k, v in config.items() if k in known}))
     try: model.load_state_dict(load_file(weights), assign=True)
     except FileNotFoundError as e: raise InputError(f"no file {weights}: copy it there, or save the model again") from e
     except (OSError, SafetensorError) as e: raise InputError(f"cannot read {weights}: {e}; copy it again") from e
     except RuntimeError as e: raise InputError(f"{weights} does not fit the config.json beside it: {' '.join(str(e).split())[:200]}") from e
-    return model
+    return model.eval()
+
+@patch(cls_method=True)
+def from_nextdit(cls:BLIP3oDiT,
+    weights, # state dict, `.safetensors` file or folder
+    **known  # what is not in the weights
+):
+    "A `NextDiT` with the weights of BLIP3-o's decoder or of Lumina-Next: see `NextDiT.from_lumina`"
+    return importlib.import_module("blip3o_nb.nextdit").NextDiT.from_lumina(weights, **known) # at call time: it is built from what stands here

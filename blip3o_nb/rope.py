@@ -11,12 +11,13 @@ __all__ = ['axis_channels', 'rope_table', 'rotate', 'grid_positions']
 import torch, torch.nn.functional as F
 from .core import InputError, Layout
 
-# %% ../nbs/05_rope.ipynb #8063d766
+# %% ../nbs/05_rope.ipynb #8667be35
 def axis_channels(
     head_dim:int, # channels of one attention head
     axes:int      # 1, 2 or 3
 ) -> list: # channels that each axis turns, even numbers that sum to `head_dim`
     "Equal shares; of three axes the first gets about an eighth; raises `InputError` where the pairs cannot be shared out"
+    if axes not in (1, 2, 3): raise InputError(f"{axes} axes: choose 1, 2 or 3")
     first = [max(4, head_dim//32*4)] if axes == 3 else []
     rest, n = head_dim - sum(first), axes - len(first)
     if rest <= 0 or rest % (2*n):
