@@ -27,23 +27,27 @@ def heun(field, x, t, u):
 
 METHODS = {"euler": euler, "heun": heun}
 
-# %% ../nbs/09_samplers.ipynb #f8274925
+# %% ../nbs/09_samplers.ipynb #f84a9655
 SINGULAR = {"sample": 1., "epsilon": 0.} # times at which an answer does not determine the velocity
 
 class VelocityField:
-    "A network as a velocity field; counts its evaluations in `nfe`"
-    def __init__(self, model, cond, path, prediction_type):
+    "A network as a velocity field, guided where there is something to guide away from; counts its evaluations in `nfe`"
+    def __init__(self, model, cond, path, prediction_type, null=None, scale=1., interval=(0., 1.)):
         self.model, self.cond, self.path, self.prediction_type, self.nfe = model, cond, path, prediction_type, 0
-        self.singular = SINGULAR.get(prediction_type)
+        self.singular, self.null, self.scale, self.interval = SINGULAR.get(prediction_type), null, scale, interval
     def __call__(self,
         x:torch.Tensor, # `[B, ...]`
         t:float         # one time for all rows
     ) -> torch.Tensor: # `[B, ...]`
-        self.nfe += 1
+        guided = self.scale != 1. and self.interval[0] <= t <= self.interval[1]
         if t == self.singular: t = abs(t - EPS_T)
         # time keeps at least fp32: scaled by 1000 inside the network, bf16 would merge neighbouring times
         t = torch.full((len(x),), t, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        return self.path.velocity_from(self.prediction_type, self.model(x, t, self.cond), x, t, eps_t=0.)
+        v = self.velocity(x, t, self.cond)
+        return v if not guided else torch.lerp(self.velocity(x, t, self.null), v, self.scale)
+    def velocity(self, x, t, cond):
+        self.nfe += 1
+        return self.path.velocity_from(self.prediction_type, self.model(x, t, cond), x, t, eps_t=0.)
 
 # %% ../nbs/09_samplers.ipynb #8e983e50
 def time_grid(
@@ -77,7 +81,7 @@ class SampleInfo(NamedTuple):
     times: torch.Tensor      # the grid `[S+1]`
     trajectory: torch.Tensor # the points at those times `[S+1, B, ...]`
 
-# %% ../nbs/09_samplers.ipynb #ce171c23
+# %% ../nbs/09_samplers.ipynb #510a7fae
 @torch.no_grad()
 def sample(
     model,                  # `model(xt, t, cond)`; `t` is `[B]`
@@ -89,6 +93,9 @@ def sample(
     shape:tuple=None,       # of the noise; default: read from `model.config`
     prediction_type:str=None, # what the model answers; default: `model.config.prediction_type`, else "velocity"
     times=None,             # a time grid instead of `steps`: see `time_grid`
+    guidance_scale:float=1.,# how far to go from the answer without conditioning past the one with it; 1 is no guidance
+    guidance_interval:tuple=(0., 1.), # times at which to guide
+    null=None,              # what stands for no conditioning; default: `model.cond_cache(cond, drop)`, all dropped
     generator:torch.Generator=None, # for the noise
     progress:bool=False,
     return_info:bool=False  # return `(x1, SampleInfo)`
@@ -97,7 +104,10 @@ def sample(
     if method not in METHODS: raise InputError(f"unknown method '{method}': choose one of {', '.join(METHODS)}")
     p = check_prediction_type(prediction_type or getattr(getattr(model, "config", None), "prediction_type", "velocity"))
     ts, x = time_grid(steps, times), start_noise(model, cond, path, x0, shape, generator)
-    field = VelocityField(model, model.cond_cache(cond) if hasattr(model, "cond_cache") else cond, path, p)
+    if guidance_scale != 1. and null is None and cond is not None:
+        if not hasattr(model, "cond_cache"): raise InputError("guidance needs an answer without conditioning: give null")
+        null = model.cond_cache(cond, torch.ones(len(cond), dtype=torch.bool, device=cond.device))
+    field = VelocityField(model, model.cond_cache(cond) if hasattr(model, "cond_cache") else cond, path, p, null, guidance_scale, guidance_interval)
     xs = [x]
     for t, u in tqdm(list(pairwise(ts)), disable=not progress, desc=method):
         x = (euler if u in (1., field.singular) else METHODS[method])(field, x, t, u)

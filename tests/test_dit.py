@@ -57,3 +57,14 @@ def test_sampler_drives_nextdit():
         x = x0
         for i in range(4): x = x + net(x, torch.full((3,), i/4), cond)/4
     assert torch.allclose(sample(net, cond, method="euler", steps=4, x0=x0), x, atol=1e-5)
+
+def test_guidance_starts_from_the_learned_null():
+    seed_everything(0)
+    net = BLIP3oDiT(BLIP3oDiTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_tokens=16, clip_embedding_size=24, eva_embedding_size=40,
+                                    prediction_type="velocity", cond_dropout=.1)).eval()
+    for p in net.parameters(): torch.nn.init.normal_(p, std=.05)
+    cond, x0, t = torch.randn(3, 16, 40), torch.randn(3, 16, 24), torch.zeros(3)
+    with torch.no_grad(): told, untold = net(x0, t, cond), net(x0, t, cond, torch.ones(3, dtype=torch.bool))
+    assert not torch.allclose(told, untold)
+    x1 = sample(net, cond, method="euler", steps=1, x0=x0, guidance_scale=3.)
+    assert torch.allclose(x1, x0 + untold + 3*(told - untold), atol=1e-5)
