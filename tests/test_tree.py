@@ -1,5 +1,6 @@
 """Export and clean leave the tree as it is, and each module imports by itself."""
 import subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
 
@@ -21,7 +22,12 @@ def test_export_clean_and_readme_change_nothing():
     changed = [str(f.relative_to(ROOT)) for f, b in snapshot().items() if before.get(f) != b]
     assert not changed, f"run nbdev-export, nbdev-clean and readme.py, then commit: {changed}"
 
+@pytest.fixture(scope="module")
+def imports():
+    "Each module in a process of its own, two at a time: an import keeps one core busy"
+    alone = lambda m: run(sys.executable, "-W", "error::SyntaxWarning", "-c", f"import blip3o_nb.{m}")
+    with ThreadPoolExecutor(2) as pool: return dict(zip(MODULES, pool.map(alone, MODULES)))
+
 @pytest.mark.parametrize("module", MODULES)
-def test_module_imports_alone(module):
-    r = run(sys.executable, "-W", "error::SyntaxWarning", "-c", f"import blip3o_nb.{module}")
-    assert r.returncode == 0, r.stderr
+def test_module_imports_alone(module, imports):
+    assert imports[module].returncode == 0, imports[module].stderr
