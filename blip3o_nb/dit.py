@@ -177,9 +177,15 @@ class CondCache(NamedTuple):
     fused: torch.Tensor|None                     # `[B, N, hidden_size]`, added to the noisy tokens
     kv: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values for each block, `[B, kv_heads, M, head_dim]`
 
-# %% ../nbs/07_dit.ipynb #63fe78e0
+# %% ../nbs/07_dit.ipynb #ba9a1d05
 class Pretrained(nn.Module):
-    "Base of the networks, which are saved as folders; their tables stay float32 when the parameters are cast"
+    "Base of the networks: saved as folders, blocks recomputed where asked, tables float32 even when the parameters are cast"
+    gradient_checkpointing = False # keep only the tokens between blocks for the backward pass
+    def through_blocks(self, x, temb, kvs): # kvs: keys and values of the conditioning, block by block
+        for block, kv in zip(self.blocks, kvs):
+            if self.gradient_checkpointing and torch.is_grad_enabled(): x = checkpoint(block, x, temb, self.rope, kv, use_reentrant=False)
+            else: x = block(x, temb, self.rope, kv)
+        return x
     def _apply(self, fn, recurse=True):
         tables = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
@@ -193,7 +199,7 @@ class BLIP3oDiT(Pretrained):
     def __init__(self, config:BLIP3oDiTConfig):
         super().__init__()
         self.config, c, d = config, config, config.hidden_size
-        w, self.gradient_checkpointing = c.head_width or d, False
+        w = c.head_width or d
         self.inp, self.cond, self.out = nn.Linear(c.target_size, d), nn.Linear(c.cond_size, d), nn.Linear(w, c.target_size)
         self.fuse = nn.Linear(d, d, bias=False) if c.fusion else None
         self.pos, self.ada = nn.Parameter(torch.empty(c.num_tokens, d)), nn.Linear(w, 2*w)
@@ -220,9 +226,7 @@ class BLIP3oDiT(Pretrained):
         x = self.inp(xt) + self.pos                                                 # [B, N, hidden_size]
         if cond.fused is not None: x = x + cond.fused
         temb = self.time(time_embedding(t.expand(len(xt))).to(self.pos.dtype))[:, None]             # [B, 1, hidden_size]
-        for block, kv in zip(self.blocks, cond.kv):
-            if self.gradient_checkpointing and torch.is_grad_enabled(): x = checkpoint(block, x, temb, self.rope, kv, use_reentrant=False)
-            else: x = block(x, temb, self.rope, kv)
+        x = self.through_blocks(x, temb, cond.kv)
         if self.head is not None: x, temb = self.head(xt, rms_norm(x) + temb, self.rope)
         return self.out(modulate(rms_norm(x), *self.ada(temb).chunk(2, -1)))
 

@@ -8,14 +8,13 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/nextdit.html.md"""
 __all__ = ['RENAMED', 'IN_SHAPES', 'HeadsQKV', 'NextDiTBlock', 'NextDiTConfig', 'NextDiTCache', 'lumina_rope', 'NextDiT',
            'to_halves', 'rename_lumina', 'lumina_config', 'read_lumina']
 
-# %% ../nbs/07b_nextdit.ipynb #32dd2ee2
+# %% ../nbs/07b_nextdit.ipynb #ee561d5d
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
-from torch.utils.checkpoint import checkpoint
 from .core import Config, InputError, layout_of
 from .rope import grid_positions, rope_table, rotate
 from .attention import RMSNorm
@@ -80,7 +79,7 @@ class NextDiTConfig(Config):
         if self.time not in ("lumina", "blip3o"): raise InputError(f"unknown time '{self.time}': choose lumina or blip3o")
         if layout_of(self.num_tokens).has_cls: raise InputError(f"{self.num_tokens} tokens are a grid with CLS, a Lumina-Next transformer has places for a grid only: choose a square number")
 
-# %% ../nbs/07b_nextdit.ipynb #34796b90
+# %% ../nbs/07b_nextdit.ipynb #805d6333
 class NextDiTCache(NamedTuple):
     "All that the network computes from the conditioning alone"
     pooled: torch.Tensor                         # `[B, width of the time]`, added to the time
@@ -95,7 +94,7 @@ class NextDiT(Pretrained):
     def __init__(self, config:NextDiTConfig):
         super().__init__()
         self.config, c, d = config, config, config.hidden_size
-        m, w, self.gradient_checkpointing = d if c.project_cond else c.cond_size, min(d, 1024), False
+        m, w = d if c.project_cond else c.cond_size, min(d, 1024)
         self.project = nn.Sequential(nn.Linear(c.cond_size, d), nn.GELU(approximate="tanh"), nn.Linear(d, d)) if c.project_cond else nn.Identity()
         self.inp, self.pool = nn.Linear(c.target_size, d), nn.Sequential(nn.LayerNorm(m), nn.Linear(m, w))
         self.time = nn.Sequential(nn.Linear(TIME_WIDTH, w), nn.SiLU(), nn.Linear(w, w))
@@ -119,10 +118,7 @@ class NextDiT(Pretrained):
         blip3o, t = self.config.time == "blip3o", t.float().expand(len(xt))
         if not isinstance(cond, NextDiTCache): cond = self.cond_cache(cond)
         temb = self.time(time_embedding(1000*(1 - t) if blip3o else t, scale=1.).to(self.inp.weight.dtype)) + cond.pooled
-        x = self.inp(xt)
-        for block, kv in zip(self.blocks, cond.kv):
-            if self.gradient_checkpointing and torch.is_grad_enabled(): x = checkpoint(block, x, temb, self.rope, kv, use_reentrant=False)
-            else: x = block(x, temb, self.rope, kv)
+        x = self.through_blocks(self.inp(xt), temb, cond.kv)
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6)*(1 + self.ada(F.silu(temb)))[:, None]
         return self.out(x)*(-1 if blip3o else 1)
 
