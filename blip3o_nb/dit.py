@@ -80,7 +80,7 @@ class Block(nn.Module):
             x = torch.addcmul(x, gate, post(f(modulate(rms_norm(x), shift, scale))))
         return x
 
-# %% ../nbs/07_dit.ipynb #6eabee35
+# %% ../nbs/07_dit.ipynb #bf63f86e
 def swiglu_width(dim): return max(64, 64*round(dim*8/3/64)) # 8/3 of the width, to the nearest 64
 
 @dataclass
@@ -105,6 +105,7 @@ class BLIP3oDiTConfig(Config):
     cond_dropout: float = 0.            # share of images that lose their conditioning to a learned token, in training
     head_width: int = 0                 # of the head on top; 0: no head, a linear layer answers
     head_layers: int = 2                # blocks of that head
+    feature_scale: float = 1.           # multiplies xt on the way in and divides the answer: sqrt(D) for tokens of norm 1
 
     def __post_init__(self):
         self.check_positive(but=("task", "prediction_type", "fusion", "qk_norm", "sandwich_norm"), or_zero=("cond_dropout", "head_width"))
@@ -177,7 +178,7 @@ class CondCache(NamedTuple):
     fused: torch.Tensor|None                     # `[B, N, hidden_size]`, added to the noisy tokens
     kv: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values for each block, `[B, kv_heads, M, head_dim]`
 
-# %% ../nbs/07_dit.ipynb #ba9a1d05
+# %% ../nbs/07_dit.ipynb #08524a03
 class Pretrained(nn.Module):
     "Base of the networks: saved as folders, blocks recomputed where asked, tables float32 even when the parameters are cast"
     gradient_checkpointing = False # keep only the tokens between blocks for the backward pass
@@ -211,7 +212,7 @@ class BLIP3oDiT(Pretrained):
         for name, n in [("rope", c.num_tokens), ("cond_rope", c.cond_tokens)]:
             table = rope_table(grid_positions(layout_of(n), layout_of(c.num_tokens), kinds=c.rope_axes == 3), d//c.num_attention_heads, c.rope_theta)
             self.register_buffer(name, torch.stack(table), persistent=False)        # [2, n, head_dim/2]
-        self.reset()
+        self.init_weights()
 
     def forward(self,
         xt,       # noisy tokens `[B, N, target_size]`
@@ -223,16 +224,17 @@ class BLIP3oDiT(Pretrained):
         if xt.ndim != 3 or xt.shape[1:] != (c.num_tokens, c.target_size): raise InputError(f"xt is {list(xt.shape)}: this network takes [B, {c.num_tokens}, {c.target_size}]")
         if not isinstance(cond, CondCache): cond = self.cond_cache(cond, drop)
         elif drop is not None: raise InputError("drop comes too late for a cache: give it to cond_cache")
+        xt = xt*c.feature_scale
         x = self.inp(xt) + self.pos                                                 # [B, N, hidden_size]
         if cond.fused is not None: x = x + cond.fused
         temb = self.time(time_embedding(t.expand(len(xt))).to(self.pos.dtype))[:, None]             # [B, 1, hidden_size]
         x = self.through_blocks(x, temb, cond.kv)
         if self.head is not None: x, temb = self.head(xt, rms_norm(x) + temb, self.rope)
-        return self.out(modulate(rms_norm(x), *self.ada(temb).chunk(2, -1)))
+        return self.out(modulate(rms_norm(x), *self.ada(temb).chunk(2, -1)))/c.feature_scale
 
-# %% ../nbs/07_dit.ipynb #f8576aba
+# %% ../nbs/07_dit.ipynb #9082cda6
 @patch
-def reset(self:BLIP3oDiT):
+def init_weights(self:BLIP3oDiT): # not `reset`: fastai calls a method of that name before each fit
     "Xavier-uniform matrices and zero biases; modulations and the output layer start at zero (Peebles & Xie 2022, section 3.2)"
     for m in self.modules():
         if isinstance(m, nn.Linear):

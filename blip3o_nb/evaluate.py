@@ -8,11 +8,11 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/evaluate.html.md"""
 __all__ = ['METRICS', 'CAPTIONS', 'PAGE', 'SOLVERS', 'Row', 'measure', 'difference', 'Report', 'plot_record', 'plot_steps',
            'draw', 'check_contract', 'text_side', 'for_gallery', 'notes_of', 'facts_of', 'evaluate']
 
-# %% ../nbs/14_evaluate.ipynb #cae61bca
+# %% ../nbs/14_evaluate.ipynb #ee15a219
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import matplotlib.pyplot as plt
-import torch
+import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from jinja2 import Template
 from tqdm.auto import tqdm
@@ -238,7 +238,7 @@ def facts_of(pipe:Pipeline, train:FeatureDataset, held:FeatureDataset, leaks:dic
             "split": f"by key: {leaks['key family'][0]} and {leaks['key family'][1]} families of near-duplicates, no family and no image in both",
             "sampler": f"{pipe.method}, {pipe.steps} steps", **{k: v for k, v in pipe.training.items() if k != "record"}}
 
-# %% ../nbs/14_evaluate.ipynb #d49e4d07
+# %% ../nbs/14_evaluate.ipynb #baa05846
 SOLVERS = [("euler", 1), ("euler", 2), ("euler", 4), ("euler", 8), ("heun", 2), ("heun", 4)] # and number of steps
 
 def evaluate(
@@ -254,7 +254,8 @@ def evaluate(
     leaks, pipe = leak_check(train, held), Pipeline.from_pretrained(checkpoint)
     check_contract(pipe, held)
     t, c = pipe.task.target, pipe.task.cond
-    real, cond, known = held.column(t), held.column(c), (train.column(c), train.column(t))
+    unit = (lambda x: F.normalize(x, dim=-1)) if pipe.target_norm.mode == "l2" else (lambda x: x) # such a task generates directions
+    real, cond, known = unit(held.column(t)), held.column(c), (train.column(c), unit(train.column(t)))
     center = MeanBaseline().fit(*known).mean
     gens = {"mean feature": center.expand_as(real), "shuffled conditioning": pipe(cond[derangement(len(cond), torch.Generator().manual_seed(seed))], seed=seed),
             "ridge": RidgeBaseline().fit(*known).predict(cond), "regression": regression and Pipeline.from_pretrained(regression, task=pipe.task.name)(cond),

@@ -7,8 +7,7 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/inference.html.md"""
 # %% auto #0
 __all__ = ['Pipeline', 'save_checkpoint', 'nearest']
 
-# %% ../nbs/13_inference.ipynb #594534e9
-from dataclasses import asdict
+# %% ../nbs/13_inference.ipynb #824279da
 from pathlib import Path
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
@@ -16,24 +15,24 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from .core import InputError, Task, atomic_path, get_task, read_json, write_json
 from .dit import BLIP3oDiT
-from .paths import LinearPath
+from .paths import make_path, path_dict
 from .samplers import sample
 from .shards import Normalizer
 
-# %% ../nbs/13_inference.ipynb #6ac1eb7c
+# %% ../nbs/13_inference.ipynb #8fc2c233
 class Pipeline:
     "Generate target tokens from conditioning tokens or pictures"
     def __init__(self,
         model:BLIP3oDiT, task:str|Task,
         target_norm:Normalizer, cond_norm:Normalizer,
         contract:dict,          # which encoders made the features the model was trained on
-        path=None,              # default: `LinearPath()`
+        path=None,              # default: the task's
         objective:str="flow",   # "regression": one evaluation at `xt = 0`, `t = 0`
         method:str="euler", steps:int=4, # solver and number of its steps
         training:dict|None=None # what is known of the training run
     ):
         self.model, self.task, self.contract = model.eval(), get_task(task), contract
-        self.target_norm, self.cond_norm, self.path = target_norm, cond_norm, path or LinearPath()
+        self.target_norm, self.cond_norm, self.path = target_norm, cond_norm, path or make_path(self.task.path)
         self.objective, self.method, self.steps, self.training = objective, method, steps, training or {}
         self.encoders = {}
 
@@ -52,7 +51,7 @@ class Pipeline:
         gen, out = torch.Generator().manual_seed(seed), []
         for c in tqdm(cond.split(bs), "sample", disable=not progress, unit="batch"):
             c = self.cond_norm.encode(c.to(self.device))
-            x0 = torch.randn(len(c), self.model.config.num_tokens, self.model.config.target_size, generator=gen).to(self.device)
+            x0 = self.path.noise((len(c), self.model.config.num_tokens, self.model.config.target_size), gen, self.device)
             if self.objective == "regression": y = self.model(torch.zeros_like(x0), x0.new_zeros(len(c)), c)
             else: y = sample(self.model, c, path=self.path, method=method or self.method, steps=steps or self.steps, x0=x0)
             out.append(self.target_norm.decode(y).float().cpu())
@@ -76,7 +75,14 @@ class Pipeline:
             raise InputError(f"conditioning is {list(x.shape)}, the model takes [B, {want[0]}, {want[1]}]: extract it with the encoder '{self.contract[self.task.cond].get('model')}'")
         return x.float()
 
-# %% ../nbs/13_inference.ipynb #3ca7785b
+# %% ../nbs/13_inference.ipynb #0a89e502
+@patch(cls_method=True)
+def from_learner(cls:Pipeline, learn, **kw) -> Pipeline:
+    "Of the averaged weights of a `flow_learner`; options as in `Pipeline`"
+    return cls(learn.ema_model.module, learn.dls.task, learn.flow.target_norm, learn.flow.cond_norm, learn.dls.contract,
+               path=learn.flow.path, objective=learn.objective, **kw)
+
+# %% ../nbs/13_inference.ipynb #16500450
 def save_checkpoint(
     learn,               # from `flow_learner`, after training
     folder:str|Path,
@@ -90,12 +96,12 @@ def save_checkpoint(
     norms = {"target": learn.flow.target_norm, "cond": learn.flow.cond_norm}
     with atomic_path(folder/"normalizers.safetensors") as tmp:
         save_file({f"{k}.{n}": v.cpu().contiguous() for k, m in norms.items() for n, v in m.state_dict().items()}, tmp)
-    write_json(folder/"flow.json", dict(format=1, task=learn.dls.task.name, objective=learn.objective, path=asdict(learn.flow.path),
+    write_json(folder/"flow.json", dict(format=1, task=learn.dls.task.name, objective=learn.objective, path=path_dict(learn.flow.path),
         target_norm=norms["target"].mode, cond_norm=norms["cond"].mode, target_shape=list(norms["target"].shape),
         cond_shape=list(norms["cond"].shape), method=method, steps=steps, contract=learn.dls.contract, training=training))
     return folder
 
-# %% ../nbs/13_inference.ipynb #36b5d85e
+# %% ../nbs/13_inference.ipynb #ff0aaedd
 @patch(cls_method=True)
 def from_pretrained(cls:Pipeline,
     folder:str|Path,     # as `save_checkpoint` left it
@@ -114,7 +120,7 @@ def from_pretrained(cls:Pipeline,
         norms[-1].load_state_dict({n.removeprefix(f"{k}."): v for n, v in state.items() if n.startswith(f"{k}.")})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return cls(BLIP3oDiT.from_pretrained(folder).to(device), f["task"], *[n.to(device) for n in norms], f["contract"],
-               path=LinearPath(**f["path"]), objective=f["objective"], method=f["method"], steps=f["steps"], training=f["training"])
+               path=make_path(**f["path"]), objective=f["objective"], method=f["method"], steps=f["steps"], training=f["training"])
 
 # %% ../nbs/13_inference.ipynb #853dcb86
 @patch

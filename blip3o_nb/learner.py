@@ -6,9 +6,9 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/learner.html.md"""
 
 # %% auto #0
 __all__ = ['FlowCallback', 'RegressionCallback', 'ema_decay', 'EMACallback', 'fast_dtype', 'PrecisionCallback', 'ProgressBar',
-           'decay_groups', 'DecayMatricesOnly', 'flow_learner']
+           'decay_groups', 'DecayMatricesOnly', 'flow_learner', 'noise_size']
 
-# %% ../nbs/12_learner.ipynb #5ae3ac5d
+# %% ../nbs/12_learner.ipynb #26cacab9
 import warnings
 from functools import partial
 import torch
@@ -25,10 +25,11 @@ from tqdm.auto import tqdm
 from .core import InputError, Task, get_task
 from .dit import BLIP3oDiT
 from .losses import BLIP3oFlowMatchingLoss, cls_weights
-from .paths import LinearPath, PathSample, sample_times
+from .paths import LinearPath, PathSample, SlerpPath, make_path
 from .shards import Normalizer
+from .times import sample_times
 
-# %% ../nbs/12_learner.ipynb #97b602d8
+# %% ../nbs/12_learner.ipynb #911d11c6
 class FlowCallback(Callback):
     "Turn a batch `(cond, target)` into `(xt, t, cond)` and the path sample that the loss compares with"
     order, name = -5, "flow"
@@ -50,7 +51,7 @@ class FlowCallback(Callback):
     def draw(self, x1):
         "One `PathSample` for targets `[B, N, D]`"
         g = self.train_gen if self.training else self.valid_gen
-        x0 = torch.randn(x1.shape, generator=g).to(x1.device)
+        x0 = self.path.noise(x1.shape, g, x1.device)
         t = sample_times(self.times, len(x1), generator=g, shift=self.shift).to(x1.device)
         return self.path.sample(x0, x1, t)
 
@@ -134,12 +135,12 @@ class DecayMatricesOnly(Callback):
     "Weight decay on the first group of `decay_groups` only"
     def before_fit(self): self.opt.set_hyper("wd", [self.opt.hypers[0]["wd"], 0.])
 
-# %% ../nbs/12_learner.ipynb #8f47d640
+# %% ../nbs/12_learner.ipynb #de5fad24
 def flow_learner(
     dls:DataLoaders,        # from `feature_dls`: batches `(cond, target)`
     model:BLIP3oDiT,        # its `prediction_type` decides what it answers
     task:str|Task|None=None,# default: the task of the DataLoaders
-    path=None,              # default: `LinearPath()`
+    path=None,              # default: the task's, with noise of the size of the targets
     times:str="uniform",    # see `sample_times`
     shift:float=3.,         # of the times towards noise, see `shift_times`; 1 is none
     loss_space:str|None=None, # where errors are measured, see `BLIP3oFlowMatchingLoss`; default: the kind of the model's answer
@@ -153,16 +154,18 @@ def flow_learner(
 ) -> Learner:
     "A fastai `Learner` that trains `model` on the flow from noise to the task's target"
     task = get_task(task or dls.task)
-    if path is None and task.path != "linear": raise InputError(f"task '{task.name}' flows along the '{task.path}' path, which this version lacks: pass path=LinearPath()")
     if objective not in ("flow", "regression"): raise InputError(f"unknown objective '{objective}': choose flow or regression")
     if task != dls.task: raise InputError(f"the DataLoaders hold task '{dls.task.name}', not '{task.name}': make them with feature_dls(..., task='{task.name}')")
     answer = model.config.prediction_type
     if objective == "regression" and answer == "epsilon": raise InputError("a regression has no noise to answer: build the model with prediction_type='sample'")
-    _check_shapes(dls, model)
     norms = Normalizer(task.target_norm, dls.target_stats), Normalizer(task.cond_norm, dls.cond_stats)
+    _check_shapes(model, *(n.encoded_shape or tuple(s.mean.shape) for n, s in zip(norms, (dls.target_stats, dls.cond_stats))))
+    if path is None: path = make_path(task.path, **noise_size(norms[0], dls.target_stats.mean.shape[-1]) if task.path == "linear" else {})
+    scale = model.config.feature_scale
+    if isinstance(path, SlerpPath) and norms[0].mode not in ("l2", "sphere"): raise InputError(f"a spherical path needs targets on the sphere, task '{task.name}' has target_norm '{norms[0].mode}': use l2 or sphere")
     flow = (FlowCallback if objective == "flow" else RegressionCallback)(*norms, path=path, times=times, shift=shift, seed=seed)
     w = cls_weights(model.config.num_tokens, cls_weight)
-    loss = BLIP3oFlowMatchingLoss(prediction_type=answer, token_weights=w, loss_space=loss_space or answer)
+    loss = BLIP3oFlowMatchingLoss(prediction_type=answer, token_weights=w, loss_space=loss_space or answer, path=path, velocity_scale=scale, output_scale=scale)
     opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=betas, eps=1e-8, fused=True))
     learn = Learner(dls, model, loss_func=loss, opt_func=opt, lr=lr, wd=wd, splitter=decay_groups, moms=(betas[0],)*3,
                     cbs=[flow, EMACallback(ema), PrecisionCallback(precision), GradientClip(clip), DecayMatricesOnly(),
@@ -171,10 +174,14 @@ def flow_learner(
     learn.logger = lambda *a, **k: None
     return learn
 
-# %% ../nbs/12_learner.ipynb #35ee9441
-def _check_shapes(dls, model):
-    "Refuse a model whose widths or token counts differ from the features', by name"
-    c, (n, d), (m, e) = model.config, dls.target_stats.mean.shape, dls.cond_stats.mean.shape
+# %% ../nbs/12_learner.ipynb #c0f34570
+def noise_size(norm, dim):
+    "Options of `LinearPath` that make noise as large as targets normalised by `norm`: of norm 1, not of variance 1, for those of norm 1"
+    return dict(sigma_max=dim**-.5) if norm.mode == "l2" else {}
+
+def _check_shapes(model, target, cond):
+    "Refuse a model whose widths or token counts differ from the normalised features', by name"
+    c, (n, d), (m, e) = model.config, target, cond
     for what, have, want in [("num_tokens", c.num_tokens, n), ("target width", c.target_size, d), ("conditioning width", c.cond_size, e),
                              ("cond_tokens", c.cond_tokens or c.num_tokens, m)]:
         if have != want: raise InputError(f"the model's {what} is {have}, the features have {want}: build the model with {want}")

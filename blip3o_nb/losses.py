@@ -7,13 +7,15 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/losses.html.md"""
 # %% auto #0
 __all__ = ['cls_weights', 'LossParts', 'BLIP3oFlowMatchingLoss']
 
-# %% ../nbs/10_losses.ipynb #63967850
+# %% ../nbs/10_losses.ipynb #6678ff24
 from typing import NamedTuple
 import torch
 from torch import nn
 import torch.nn.functional as F
+from fastcore.basics import patch
 from .core import InputError, Layout, layout_of
-from .paths import PREDICTION_TYPES, LinearPath, PathSample, check_prediction_type
+from .paths import PREDICTION_TYPES, LinearPath, PathSample, SlerpPath, check_prediction_type
+from .times import TIME_SAMPLERS, noise_band, sample_times
 
 # %% ../nbs/10_losses.ipynb #fffb006c
 def cls_weights(
@@ -26,46 +28,66 @@ def cls_weights(
     if layout.has_cls: w[0] = weight
     return w
 
-# %% ../nbs/10_losses.ipynb #afb379f4
+# %% ../nbs/10_losses.ipynb #b4906a0d
 class LossParts(NamedTuple):
     "What one call of the loss found, detached"
-    loss: torch.Tensor           # the scalar
-    by_t: torch.Tensor           # its mean in equal bands of t `[K]`; nan where no image fell
+    flow: torch.Tensor           # the squared error, a scalar
+    regularization: torch.Tensor # what `regularization_weight` added
+    sphere: torch.Tensor         # what `sphere_constraint_weight` added
+    by_t: torch.Tensor           # mean of `flow` in equal bands of t `[K]`; nan where no image fell
     n_by_t: torch.Tensor         # images in each band `[K]`
     cosine: torch.Tensor         # between predicted and true velocity, mean over tokens
     trivial_cosine: torch.Tensor # what answering with minus the noise would get on the same batch
 
-# %% ../nbs/10_losses.ipynb #36ee3864
+# %% ../nbs/10_losses.ipynb #2cc0f2fa
 class BLIP3oFlowMatchingLoss(nn.Module):
     "Squared error of a flow's network, measured as a velocity, as data or as noise; keeps `parts`, a `LossParts`"
     def __init__(self,
-        sigma_min:float=0.,            # of the linear path that the samples come from
+        sigma_min:float=1e-4, sigma_max:float=1., # noise at t=1 and t=0, of the linear path
+        normalize_targets:bool=True,   # whether `draw` brings each token to a mean square of 1
         prediction_type:str="velocity",# what the network answers: "velocity", "epsilon" or "sample"
         loss_space:str="velocity",     # where errors are measured: the same three names
         token_weights:torch.Tensor=None, # `[N]`, scaled to mean 1; see `cls_weights`
+        velocity_scale:float=1.,       # multiplies the target
+        output_scale:float=1.,         # multiplies the network's output
+        regularization_weight:float=0.,# of the mean square of the network's output
+        sphere_constraint_weight:float=0., # of the square by which an answer leaves the sphere, for `SlerpPath`
+        schedule_type:str="uniform",   # how `draw` draws times: see `sample_times`; "linear" is another name for "uniform"
+        min_noise_level:float=0., max_noise_level:float=1., # band of noise that `draw` draws from: see `noise_band`
         buckets:int=4,                 # bands of t in `parts.by_t`
-        path=None                      # the path itself, in place of `sigma_min`
+        path=None                      # the path itself, in place of `sigma_min` and `sigma_max`
     ):
         super().__init__()
         if loss_space not in PREDICTION_TYPES: raise InputError(f"unknown loss_space '{loss_space}': choose one of {', '.join(PREDICTION_TYPES)}")
-        if path is not None and sigma_min: raise InputError("give sigma_min or a path that has its own, not both")
-        self.path, self.prediction_type, self.loss_space = path or LinearPath(sigma_min), check_prediction_type(prediction_type), loss_space
-        self.buckets, self.parts = buckets, None
+        if path is not None and (sigma_min, sigma_max) != (1e-4, 1.): raise InputError("give sigma_min and sigma_max, or a path that has its own, not both")
+        self.path, self.prediction_type, self.loss_space = path or LinearPath(sigma_min, sigma_max), check_prediction_type(prediction_type), loss_space
+        self.normalize_targets, self.buckets, self.parts = normalize_targets, buckets, None
+        self.regularization_weight, self.sphere_constraint_weight = regularization_weight, sphere_constraint_weight
+        self.velocity_scale, self.output_scale = velocity_scale, output_scale
+        self.schedule_type, self.band = "uniform" if schedule_type == "linear" else schedule_type, noise_band(min_noise_level, max_noise_level)
         w = None if token_weights is None else torch.as_tensor(token_weights, dtype=torch.float32)
         if w is not None and (w.min() < 0 or w.sum() == 0): raise InputError("token_weights must not be negative, nor all zero")
         self.register_buffer("token_weights", None if w is None else w/w.mean(), persistent=False)
+        self.check()
 
     def forward(self,
-        pred:torch.Tensor, # the network's answer `[B, N, D]` or `[B, D]`
-        s:PathSample       # what its input was made of
+        output:torch.Tensor, # of the network `[B, N, D]` or `[B, D]`
+        s:PathSample         # what its input was made of
     ) -> torch.Tensor: # scalar
-        err = self.error(pred, s).square().mean(-1)                                       # [B, N]
+        pred = self.answer(output)
+        err = (self.velocity_scale*self.error(pred, s)).square().mean(-1)                 # [B, N]
         if self.token_weights is not None: err = err*self.token_weights.to(err.device)
         per_image = err.reshape(len(err), -1).mean(1)                                     # [B]
-        self.parts = self.describe(pred.detach(), s, per_image.detach())
-        return per_image.mean()
+        flow, reg, sphere = per_image.mean(), self.regularization_weight*output.square().mean(), self.sphere_constraint_weight*self.off_sphere(pred, s)
+        self.parts = self.describe(pred.detach(), s, per_image.detach(), *(torch.as_tensor(x).detach() for x in (flow, reg, sphere)))
+        return flow + reg + sphere
 
-# %% ../nbs/10_losses.ipynb #2dec7a14
+    def answer(self, output):
+        "What the network's output means: its answer, of `prediction_type`"
+        k = self.output_scale/self.velocity_scale
+        return output if k == 1 else k*output
+
+# %% ../nbs/10_losses.ipynb #2fbd409c
 def _error(self:BLIP3oFlowMatchingLoss, pred, s):
     "Error of an answer in `loss_space`, of its shape; raises `InputError` where shapes do not match"
     if pred.shape != s.shape: raise InputError(f"the network answered {tuple(pred.shape)}, the target is {tuple(s.shape)}: they must be equal")
@@ -75,12 +97,37 @@ def _error(self:BLIP3oFlowMatchingLoss, pred, s):
     to = getattr(self.path, f"{self.loss_space}_from")
     return to(self.prediction_type, pred, s.xt, s.t) - to(self.prediction_type, target, s.xt, s.t)
 
+def _off_sphere(self:BLIP3oFlowMatchingLoss, pred, s):
+    "Mean square by which an answer leaves the sphere: the part of a velocity that is not tangent at `xt`, or a point's norm less 1"
+    if not self.sphere_constraint_weight: return 0.
+    off = (pred*s.xt).sum(-1) if self.prediction_type == "velocity" else pred.norm(dim=-1) - 1
+    return off.square().mean()
+
 @torch.no_grad()
-def _describe(self:BLIP3oFlowMatchingLoss, pred, s, per_image):
+def _describe(self:BLIP3oFlowMatchingLoss, pred, s, per_image, *losses):
     "The `LossParts` of a batch"
     band = F.one_hot((s.t*self.buckets).long().clamp(0, self.buckets-1), self.buckets)    # [B, K]
     n, v = band.sum(0), self.path.velocity_from(self.prediction_type, pred, s.xt, s.t)
-    return LossParts(per_image.mean(), (band*per_image[:, None]).sum(0)/n, n,
+    return LossParts(*losses, (band*per_image[:, None]).sum(0)/n, n,
                      F.cosine_similarity(v, s.v, dim=-1).mean(), F.cosine_similarity(-s.x0, s.v, dim=-1).mean())
 
-BLIP3oFlowMatchingLoss.error, BLIP3oFlowMatchingLoss.describe = _error, _describe
+BLIP3oFlowMatchingLoss.error, BLIP3oFlowMatchingLoss.off_sphere, BLIP3oFlowMatchingLoss.describe = _error, _off_sphere, _describe
+
+# %% ../nbs/10_losses.ipynb #6230e055
+@patch
+def check(self:BLIP3oFlowMatchingLoss):
+    "Raise `InputError` for options that do not go together"
+    if self.sphere_constraint_weight and not isinstance(self.path, SlerpPath): raise InputError("sphere_constraint_weight is only for SlerpPath: leave it out, or give path=SlerpPath()")
+    if min(self.velocity_scale, self.output_scale) <= 0: raise InputError(f"velocity_scale {self.velocity_scale} and output_scale {self.output_scale} must be above zero")
+    if min(self.regularization_weight, self.sphere_constraint_weight) < 0: raise InputError("regularization_weight and sphere_constraint_weight must not be negative")
+    if self.schedule_type not in TIME_SAMPLERS: raise InputError(f"unknown schedule_type '{self.schedule_type}': choose one of {', '.join(TIME_SAMPLERS)}, linear")
+
+@patch
+def draw(self:BLIP3oFlowMatchingLoss,
+    x1:torch.Tensor, # targets `[B, N, D]`
+    generator:torch.Generator=None
+) -> PathSample:
+    "What a batch of targets is trained on: each normalised if `normalize_targets`, with fresh noise and times"
+    if self.normalize_targets: x1 = F.normalize(x1, dim=-1)*x1.shape[-1]**.5
+    t = sample_times(self.schedule_type, len(x1), generator, band=self.band).to(x1.device)
+    return self.path.sample(self.path.noise(x1.shape, generator, x1.device).to(x1.dtype), x1, t)

@@ -221,7 +221,7 @@ def leak_check(train:FeatureDataset, held_out:FeatureDataset) -> dict: # how man
         counts[what] = (len(a), len(b))
     return counts
 
-# %% ../nbs/02_shards.ipynb #6a139b8f
+# %% ../nbs/02_shards.ipynb #f55c60a1
 @dataclass
 class FeatureStats:
     "Mean and (population) standard deviation of tokens per token and channel, and per channel; `a + b` merges two exactly"
@@ -235,42 +235,44 @@ class FeatureStats:
     def __add__(self, o):
         n, delta = self.n + o.n, o.mean - self.mean
         return FeatureStats(n, self.mean + delta*o.n/n, self.m2 + o.m2 + delta**2*self.n*o.n/n)
-    @property
-    def std(self): return (self.m2/self.n).sqrt()                            # [N, D]
-    @property
-    def channel_mean(self): return self.mean.mean(0)                         # [D]
-    @property
-    def channel_std(self): return (self.m2/self.n + (self.mean - self.channel_mean)**2).mean(0).sqrt() # [D]
+    std = property(lambda self: (self.m2/self.n).sqrt())                     # [N, D]
+    channel_mean = property(lambda self: self.mean.mean(0))                  # [D]
+    channel_std = property(lambda self: (self.m2/self.n + (self.mean - self.channel_mean)**2).mean(0).sqrt()) # [D]
+    rms_norm = property(lambda self: (self.m2/self.n + self.mean**2).sum(-1).mean().sqrt()) # root mean square of a token's norm
 
 @patch
 def stats(self:FeatureDataset, name:str, chunk:int=256) -> FeatureStats:
     "Statistics of a column, read once, `chunk` samples at a time"
     return sum((FeatureStats.of(self.rows(name, idxs)) for idxs in torch.arange(len(self)).split(chunk)), FeatureStats())
 
-# %% ../nbs/02_shards.ipynb #dfc2f9be
-NORMS = ("none", "l2", "channel", "token")
+# %% ../nbs/02_shards.ipynb #e3aff218
+NORMS = ("none", "l2", "channel", "token", "sphere")
 
 class Normalizer(torch.nn.Module):
     "Features to the scale of the model and back; `decode(encode(x)) == x`, except that `l2` drops the norms"
     def __init__(self,
-        mode:str,                      # "none", "l2", "channel" or "token"
+        mode:str,                      # one of `NORMS`
         stats:FeatureStats|None=None,  # of the training split
         shape:tuple|None=None          # (N, D), where `stats` are to be loaded later
     ):
         super().__init__()
         if mode not in NORMS: raise InputError(f"unknown normalisation '{mode}': choose {', '.join(NORMS)}")
-        if stats is None and shape is None and mode in ("channel", "token"):
+        if stats is None and shape is None and mode in ("channel", "token", "sphere"):
             raise InputError(f"normalisation '{mode}' needs statistics: pass stats=dataset.stats(...), or shape=(N, D) to load them")
         self.mode, self.shape = mode, tuple(stats.mean.shape) if stats else shape and tuple(shape)
         size = {"token": self.shape, "channel": self.shape and self.shape[1:]}.get(mode, ())
         mean, std = torch.zeros(size), torch.ones(size)
         if stats and mode == "token": mean, std = stats.mean, stats.std
         if stats and mode == "channel": mean, std = stats.channel_mean, stats.channel_std
+        if stats and mode == "sphere": std = stats.rms_norm
         self.register_buffer("mean", mean.float())
         self.register_buffer("std", std.clamp_min((1e-3*std.mean()).clamp_min(1e-8)).float())
-    def encode(self, x:torch.Tensor) -> torch.Tensor: # `[B, N, D]` both
-        return torch.nn.functional.normalize(x, dim=-1) if self.mode == "l2" else (x - self.mean)/self.std
+        self.encoded_shape = self.shape and (self.shape[0], self.shape[1] + (mode == "sphere")) # (N, D) after `encode`
+    def encode(self, x:torch.Tensor) -> torch.Tensor: # `[B, N, D]` both; "sphere": `[B, N, D+1]`
+        if self.mode == "sphere": x = torch.cat([x, self.std.expand(*x.shape[:-1], 1)], -1)
+        return torch.nn.functional.normalize(x, dim=-1) if self.mode in ("l2", "sphere") else (x - self.mean)/self.std
     def decode(self, z:torch.Tensor) -> torch.Tensor:
+        if self.mode == "sphere": return self.std*z[..., :-1]/z[..., -1:].clamp_min(1e-3)
         return z if self.mode == "l2" else z*self.std + self.mean
 
 # %% ../nbs/02_shards.ipynb #e93df867
