@@ -14,7 +14,6 @@ from blip3o_nb.paths import LinearPath, SlerpPath, exp_map, log_map
 from blip3o_nb.samplers import METHODS, sample
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("bugs") # one process imports fastai and the encoders
 ALL_METHODS = (*METHODS, "dopri5")
 
 def size(x): return x.abs().max().item()

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.xdist_group("demo") # they share the small run
 BIN = Path(sys.executable).parent
 SMALL = ["--limit", "192", "--epochs", "2", "--bs", "32"]
 
