@@ -67,7 +67,7 @@ def train_step(
     from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
     from blip3o_nb.inference import save_checkpoint
     from blip3o_nb.learner import flow_learner
-    from blip3o_nb.shards import feature_dls
+    from blip3o_nb.loading import feature_dls
     o = SimpleNamespace(**options)
     dls = feature_dls(features, task, bs=o.bs, seed=o.seed)
     (n, d), (m, c) = dls.target_stats.mean.shape, dls.cond_stats.mean.shape

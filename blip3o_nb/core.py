@@ -6,8 +6,8 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['TASKS', 'HELD_OUT', 'InputError', 'Task', 'get_task', 'Layout', 'layout_of', 'to_layout', 'expand_t', 'key_fraction',
-           'is_held_out', 'seed_everything', 'atomic_path', 'write_json', 'read_json', 'data_path', 'toy_features',
-           'Config']
+           'is_held_out', 'seed_everything', 'atomic_path', 'write_json', 'read_json', 'ranks', 'data_path',
+           'toy_features', 'Config']
 
 # %% ../nbs/00_core.ipynb #01fbdc5a
 import hashlib, json, os, random, tempfile
@@ -118,16 +118,17 @@ def seed_everything(
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #aa26f34a
+# %% ../nbs/00_core.ipynb #f241960e
 @contextmanager
 def atomic_path(
-    path:str|Path # the file to write
+    path:str|Path,            # the file to write
+    staging:str|Path|None=None# folder of the temporary file, on the same disk; default: that of `path`
 ):
     "A temporary path to write to; it becomes `path` if the block ends without an exception"
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        fd, tmp = tempfile.mkstemp(dir=staging or path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as e: raise InputError(f"cannot write {path}: {e.strerror}; choose another folder or free some space") from e
     os.close(fd)
     try:
@@ -136,16 +137,23 @@ def atomic_path(
         os.chmod(tmp, 0o644); os.replace(tmp, path)
     finally: Path(tmp).unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #57d93bab
-def write_json(path:str|Path, obj) -> None:
+# %% ../nbs/00_core.ipynb #b1d12239
+def write_json(path:str|Path, obj, staging:str|Path|None=None) -> None:
     "Write `obj` as JSON, whole or not at all"
-    with atomic_path(path) as tmp: tmp.write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic_path(path, staging) as tmp: tmp.write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 def read_json(path:str|Path):
     "Read a JSON file; raises `InputError` that names the file"
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as e: raise InputError(f"no file {path}: check the path, or make it first") from e
     except (OSError, ValueError) as e: raise InputError(f"cannot read {path}: {e}; delete it and make it again") from e
+
+# %% ../nbs/00_core.ipynb #51515727
+def ranks() -> tuple: # (rank, number of processes)
+    "Which of how many processes this is; raises `InputError` where the environment says something impossible"
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)): raise InputError(f"RANK={rank} and WORLD_SIZE={world} name no process: unset both, or start with torchrun")
+    return int(rank), int(world)
 
 # %% ../nbs/00_core.ipynb #791adc2e
 def data_path(

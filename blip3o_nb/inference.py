@@ -17,7 +17,7 @@ from .core import InputError, Task, atomic_path, get_task, read_json, write_json
 from .dit import BLIP3oDiT
 from .paths import make_path, path_dict
 from .samplers import sample
-from .shards import Normalizer
+from .loading import Normalizer
 
 # %% ../nbs/13_inference.ipynb #8fc2c233
 class Pipeline:

@@ -26,7 +26,7 @@ from .core import InputError, Task, get_task
 from .dit import BLIP3oDiT
 from .losses import BLIP3oFlowMatchingLoss, cls_weights
 from .paths import LinearPath, PathSample, SlerpPath, make_path
-from .shards import Normalizer
+from .loading import Normalizer
 from .times import sample_times
 
 # %% ../nbs/12_learner.ipynb #911d11c6

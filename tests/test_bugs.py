@@ -33,7 +33,7 @@ def features(tmp_path_factory):
 def learner(features, bs=16, cbs=(), **kw):
     from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
     from blip3o_nb.learner import flow_learner
-    from blip3o_nb.shards import feature_dls
+    from blip3o_nb.loading import feature_dls
     seed_everything(0)
     net = BLIP3oDiT(BLIP3oDiTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_tokens=17, clip_embedding_size=32,
                                     eva_embedding_size=48, prediction_type="velocity"))
@@ -97,7 +97,8 @@ def test_noise_and_times_are_fresh_in_every_batch(features):
 
 def test_validation_has_no_training_picture(features):
     "Bug 7: the two sides of the DataLoaders share no key, and copies under other names are refused"
-    from blip3o_nb.shards import FeatureDataset, feature_dls, leak_check
+    from blip3o_nb.loading import feature_dls
+    from blip3o_nb.shards import FeatureDataset, leak_check
     dls = feature_dls(features, bs=16, device="cpu")
     both = set(dls.train_ds.keys) & set(dls.valid_ds.keys)
     assert not both, f"{len(both)} of {len(dls.valid_ds)} validation pictures are training pictures"
@@ -105,7 +106,7 @@ def test_validation_has_no_training_picture(features):
 
 def test_worker_processes_share_the_pictures(features):
     "Bug 7: with two processes reading, each picture comes once an epoch"
-    from blip3o_nb.shards import feature_dls
+    from blip3o_nb.loading import feature_dls
     dls = feature_dls(features, bs=16, num_workers=2, device="cpu")
     n, distinct = (len(x := torch.cat([target for _, target in dls.valid]).flatten(1))), len(x.unique(dim=0))
     assert n == distinct == len(dls.valid_ds), f"{n} validation pictures were read of {len(dls.valid_ds)}"
