@@ -201,7 +201,7 @@ def for_gallery(
     n:int=10
 ) -> dict|None: # arguments of `gallery`; None where no picture is found
     "Held-out pictures, spread evenly over the split, and their nearest captions"
-    from blip3o_nb.extract import read_images
+    from blip3o_nb.images import read_images
     idxs = torch.linspace(0, len(data)-1, min(n, len(data))).long().unique().tolist()
     want = {data.keys[i] for i in idxs}
     found = {s.key: s.image for s in read_images(images) if s.key in want}

@@ -83,7 +83,7 @@ def read_manifest(folder:str|Path) -> dict:
             raise InputError(f"{f} has {f.stat().st_size} of {s['bytes']} bytes: it was cut short or changed; restore it, or extract into another folder")
     return m
 
-# %% ../nbs/02_shards.ipynb #0962b862
+# %% ../nbs/02_shards.ipynb #79288571
 SHARD_BYTES = 2**29 # a shard is not larger than this, however many samples it might have
 
 class ShardWriter:
@@ -97,10 +97,11 @@ class ShardWriter:
         if dtype not in DTYPES: raise InputError(f"unknown dtype '{dtype}': choose {', '.join(DTYPES)}")
         self.folder, self.dtype, self.shard_size = Path(folder), dtype, shard_size
         self.contract = json.loads(json.dumps(contract))
-        self.shapes, self.parts, self.plan, self.done = {}, {}, None, set()    # parts: number -> what its file says
+        self.shapes, self.parts, self.held = {}, {}, {}                        # by number of the shard: what its file says, and its keys
+        self.done, self.unusable, self.plan = set(), {}, None                  # keys that are stored; pictures that are in no shard, with reasons; for `extract`
         self.buffer, self.pending, self.left_out, self._job = {}, [], {}, None
-        if (self.folder/MANIFEST).exists(): self._resume()
-        self.number = max(self._scan(), default=-1) + 1                        # of the shard that is being filled
+        self._resume()
+        self.number = max(self.parts, default=-1) + 1                          # of the shard that is being filled
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clear()
@@ -116,11 +117,14 @@ class ShardWriter:
             self.wait()
         finally: self._pool.shutdown(); self._lock.close(); self._staging.cleanup()
     def _resume(self):
-        m = read_manifest(self.folder)
-        _same_contract(self.folder, {**m["contract"], "dtype": m["dtype"]}, {**self.contract, "dtype": self.dtype})
-        self.parts = {int(Path(s["file"]).stem.split("-")[1]): {**s, "shapes": m["shapes"]} for s in m["shards"]}
-        for s in m["shards"]: self.done.update(_read_header(self.folder/s["file"])[0]["keys"])
-        self._expect(m["shapes"])
+        if (self.folder/MANIFEST).exists():
+            m = read_manifest(self.folder)
+            _same_contract(self.folder, {**m["contract"], "dtype": m["dtype"]}, {**self.contract, "dtype": self.dtype})
+            self.parts = {int(Path(s["file"]).stem.split("-")[1]): {**s, "shapes": m["shapes"]} for s in m["shards"]}
+        for n, p in sorted(self._scan().items()):
+            h = _read_header(f := self.folder/p["file"])[0] if p["samples"] else dict(keys=[], contract=self.contract)
+            _same_contract(f if p["samples"] else self.folder, h["contract"], self.contract)
+            self.held[n] = h["keys"]; self.done.update(h["keys"]); self.expect(p["shapes"])
     def _scan(self):
         "Numbers of the shards that are complete, by any process"
         for f in self.folder.glob("shard-*.json"):
@@ -136,7 +140,7 @@ class ShardWriter:
             except OSError: continue                                           # its writer lives
             shutil.rmtree(d, ignore_errors=True)
 
-# %% ../nbs/02_shards.ipynb #60002cc3
+# %% ../nbs/02_shards.ipynb #a498b68d
 @patch
 @contextmanager
 def _writing(self:ShardWriter):
@@ -157,6 +161,7 @@ def _commit(self:ShardWriter, number, pending, left_out, buffer):
             with atomic_path(path, staging) as tmp: save_file({k: v[:len(keys)] for k, v in buffer.items()}, tmp, metadata={"samples": header})
             part.update(bytes=path.stat().st_size, sha256=sha256_file(path))
         write_json(self.folder/f"{name}.json", part, staging)
+        self.parts[number] = part
         self.publish()
 
 @patch
@@ -166,7 +171,7 @@ def publish(self:ShardWriter) -> None:
     while len(self._scan()) != seen:
         seen, parts = len(self.parts), [p for _, p in sorted(self.parts.items())]
         shards = [{k: p[k] for k in ("file", "samples", "bytes", "sha256")} for p in parts if p["samples"]]
-        skipped = {k: v for p in parts for k, v in p.get("skipped", {}).items()}
+        skipped = {k: v for skips in (self.unusable, *(p.get("skipped", {}) for p in parts)) for k, v in skips.items() if k not in self.done}
         if skipped: write_json(self.folder/"skipped.json", skipped, self._staging.name)
         write_json(self.folder/MANIFEST, dict(format=FORMATS[0], samples=sum(s["samples"] for s in shards), skipped=len(skipped), dtype=self.dtype,
                    shapes=next((p["shapes"] for p in parts if p["shapes"]), {}), contract=self.contract, shards=shards), self._staging.name)
@@ -192,10 +197,10 @@ def skip(self:ShardWriter, key:str, reason:str) -> None:
     self.left_out[key] = reason
     if len(self.pending) + len(self.left_out) >= self.shard_size: self.flush()
 
-# %% ../nbs/02_shards.ipynb #09f3b1d0
+# %% ../nbs/02_shards.ipynb #5d691202
 @patch
-def _expect(self:ShardWriter, shapes):
-    "Take the shapes of the set, and as many samples a shard as its size allows"
+def expect(self:ShardWriter, shapes:dict) -> None: # column -> (N, D)
+    "Take the shapes of the set, and as many samples a shard as its size allows; the first batch does that otherwise"
     if self.shapes or not shapes: return
     for n, _ in shapes.values(): layout_of(n)
     self.shapes = {k: list(v) for k, v in shapes.items()}
@@ -212,7 +217,7 @@ def add_batch(self:ShardWriter,
     for k in keys:
         if k in self.done or k in new: raise InputError(f"key '{k}' is in {self.folder} already: give each picture a key of its own")
         new.add(k)
-    self._expect({n: x.shape[1:] for n, x in zip(FEATURES, (clip, eva))})
+    self.expect({n: x.shape[1:] for n, x in zip(FEATURES, (clip, eva))})
     columns = {}
     for name, x in zip(FEATURES, (clip, eva)):
         if list(x.shape[1:]) != self.shapes[name]:
@@ -238,7 +243,7 @@ def add(self:ShardWriter, key:str, clip:torch.Tensor, eva:torch.Tensor, caption:
     "Store one sample, as `add_batch` does"
     self.add_batch([key], clip[None], eva[None], [caption], [image_hash])
 
-# %% ../nbs/02_shards.ipynb #186e0ec1
+# %% ../nbs/02_shards.ipynb #01cdc643
 class FeatureDataset:
     "The samples of a set of shards, or of one side of its split; reads what is asked for and holds nothing"
     def __init__(self,
@@ -272,7 +277,7 @@ class FeatureDataset:
 
     def _read(self, tensor, where, out):
         "Fill the rows of `out` with those of a tensor that lie at `where`"
-        for row, (i, j) in zip(out.view(len(out), -1).view(torch.uint8).numpy(), where.tolist()):
+        for row, (i, j) in zip(out.flatten(1).view(torch.uint8).numpy(), where.tolist()):
             try: (f := self._file(i)).seek(self._start[i][tensor] + j*row.nbytes); n = f.readinto(row)
             except OSError as e: raise InputError(f"cannot read {self.folder/self.manifest['shards'][i]['file']}: {e.strerror}; restore it") from e
             if n != row.nbytes: raise InputError(f"{f.name} ends early: it was cut short while it was read; restore it")

@@ -1,0 +1,112 @@
+"""Extraction under kill -9, with two ranks and on a full disk: the set ends as that of one undisturbed run, byte for byte. And the seeds' own commands."""
+import json, os, random, resource, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+
+PICTURES, RUN = 68, dict(shard_size=16, bs=8, progress=False)
+
+def files(folder): return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir())}
+
+# What a killed process had just done, as its folder shows it. A shard is written in the writer's own folder, then named, then listed.
+MOMENTS = {
+    "the writer's folder is there": lambda d: any(d.glob(".writing-*")),
+    "a shard is being written": lambda d: any(d.glob(".writing-*/.shard-00001*")),
+    "a shard has its name": lambda d: (d/"shard-00002.safetensors").exists(),
+    "a shard has its entry": lambda d: (d/"shard-00001.json").exists(),
+    "the manifest is being written": lambda d: any(d.glob(".writing-*/.manifest*")) and (d/"shard-00002.json").exists(),
+}
+
+def driver(root):
+    "Forks processes that extract, and kills them; run in a process of its own, which uses one thread so that it may fork"
+    from blip3o_nb.core import data_path
+    from blip3o_nb.encoders import load_encoder
+    from blip3o_nb.extract import extract
+    from blip3o_nb.images import read_images
+    clip, eva, shipped = load_encoder("tiny-clip", device="cpu"), load_encoder("tiny-eva", device="cpu"), read_images(data_path("openclipart.tar.gz"))
+    pictures = root/"pictures"; pictures.mkdir()
+    for i in range(PICTURES): (pictures/f"{i:03d}.webp").write_bytes(b"broken" if i % 30 == 7 else shipped.files(i)["webp"])
+
+    def start(out, rank=0, world=1, **kw):
+        if pid := os.fork(): return pid
+        code = 1
+        try:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world)); sys.stdout = open(os.devnull, "w")
+            extract(pictures, out, clip, eva, **RUN, **kw); code = 0
+        finally: os._exit(code)
+    def ended(pid):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        return bool(done) and (status,)
+    def kill_when(pid, moment, limit=60):
+        "Whether it was killed before it ended"
+        begun = time.time()
+        while time.time() - begun < limit:
+            if ended(pid): return False
+            if moment(): os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0); return True
+        raise TimeoutError
+    def finish(*pids): return [os.waitpid(p, 0)[1] for p in pids]
+
+    begun = time.time(); assert finish(start(root/"whole")) == [0]; took = time.time() - begun
+    report, rng = {}, random.Random(0)
+    moments = {**MOMENTS, **{f"at {s:.2f} of the time": s for s in sorted(rng.uniform(.3, .95) for _ in range(3))}}
+    for k, (name, m) in enumerate(moments.items()):
+        out = root/f"killed{k}"; begun = time.time()
+        killed = kill_when(start(out, num_workers=2*(k % 2)), (lambda: m(out)) if callable(m) else (lambda: time.time() - begun > m*took))
+        left = sorted(p.name for p in out.glob("shard-*.safetensors")) if out.exists() else []
+        report[name] = dict(killed=killed, left=len(left), again=finish(start(out))[0], same=files(out) == files(root/"whole"))
+    out = root/"often" # one folder, killed again and again
+    kills = sum(kill_when(start(out), lambda n=n: (out/f"shard-{n:05d}.safetensors").exists()) for n in (0, 1, 2, 3))
+    report["four times in one folder"] = dict(killed=kills == 4, left=len(list(out.glob("shard-*.safetensors"))), again=finish(start(out))[0], same=files(out) == files(root/"whole"))
+    assert finish(start(root/"two", 0, 2), start(root/"two", 1, 2)) == [0, 0]
+    report["two ranks"] = dict(same=files(root/"two") == files(root/"whole"))
+    out, pids = root/"one_dies", [start(root/"one_dies", r, 2) for r in range(2)]
+    killed = kill_when(pids[1], lambda: (out/"shard-00001.json").exists()); finish(pids[0])
+    left = len(list(out.glob("shard-*.safetensors")))
+    report["one rank of two dies, one process takes over"] = dict(killed=killed, left=left, again=finish(start(out))[0], same=files(out) == files(root/"whole"))
+    (root/"report.json").write_text(json.dumps(report))
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    root = tmp_path_factory.mktemp("extract")
+    r = subprocess.run([sys.executable, __file__, str(root)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400)
+    assert r.returncode == 0, r.stderr[-2000:]
+    return json.loads((root/"report.json").read_text())
+
+def test_killed_at_any_moment_and_resumed_the_set_is_the_same(report):
+    kills = {k: v for k, v in report.items() if "killed" in v}
+    wrong = {k: v for k, v in kills.items() if not (v["again"] == 0 and v["same"])}
+    assert not wrong
+    assert sum(v["killed"] for v in kills.values()) >= 7, kills # the others ended before their moment came
+    assert len({v["left"] for v in kills.values()}) > 3                # they died at different places
+
+def test_two_ranks_make_the_set_of_one(report): assert report["two ranks"]["same"]
+
+def test_a_full_disk_keeps_what_is_complete(tmp_path, encoders, pictures):
+    from blip3o_nb.core import InputError
+    from blip3o_nb.extract import extract
+    from blip3o_nb.shards import FeatureDataset
+    whole = extract(pictures, tmp_path/"whole", *encoders, **RUN)
+    size = (tmp_path/"whole"/"shard-00000.safetensors").stat().st_size
+    extract(pictures, tmp_path/"full", *encoders, limit=16, **RUN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size//2, hard))
+    try:
+        with pytest.raises(InputError, match="free some space"): extract(pictures, tmp_path/"full", *encoders, **RUN)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert FeatureDataset(tmp_path/"full").keys == whole.keys[:16] and FeatureDataset(tmp_path/"full").verify() == 1
+    extract(pictures, tmp_path/"full", *encoders, **RUN)
+    assert FeatureDataset(tmp_path/"full").keys == whole.keys
+
+@pytest.fixture(scope="module")
+def encoders():
+    from blip3o_nb.encoders import load_encoder
+    return load_encoder("tiny-clip", device="cpu"), load_encoder("tiny-eva", device="cpu")
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    from blip3o_nb.core import data_path
+    from blip3o_nb.images import read_images
+    shipped, folder = read_images(data_path("openclipart.tar.gz")), tmp_path_factory.mktemp("pictures")
+    for i in range(48): (folder/f"{i:03d}.webp").write_bytes(shipped.files(i)["webp"]); (folder/f"{i:03d}.txt").write_bytes(shipped.files(i)["txt"])
+    return folder
+
+if __name__ == "__main__": driver(Path(sys.argv[1]))
