@@ -90,7 +90,7 @@ class Normalizer(torch.nn.Module):
         if self.mode == "sphere": return self.std*z[..., :-1]/z[..., -1:].clamp_min(1e-3)
         return z if self.mode == "l2" else z*self.std + self.mean
 
-# %% ../nbs/02c_loading.ipynb #c584b9eb
+# %% ../nbs/02c_loading.ipynb #f5616419
 def _fetch(fetchers, idxs): return tuple(f(torch.tensor(idxs)) for f in fetchers)
 def _floats(batch): return tuple(x.float() for x in batch)
 def _share_of(dl, total, rank, world):
@@ -139,7 +139,8 @@ def feature_dls(
     share:float=HELD_OUT,           # share of the keys that is held out for validation
     device=None,                    # default: CUDA where there is one
     max_samples:int|None=None,      # train on the first so many; the held-out split stays whole
-    in_memory:bool|None=None        # default: where both columns take less than 2 GB as float32
+    in_memory:bool|None=None,       # default: where both columns take less than 2 GB as float32
+    stored:bool=False               # batches in the dtype of the files, for a loop that converts by itself; only where they are not held in memory
 ): # a fastai `DataLoaders` with `.task`, `.target_stats`, `.cond_stats` (of the training split, read when first asked for) and `.contract`
     "Batches `(cond, target)` `[B, N, D]` float32, not normalised; raises `InputError` for a split that is too small"
     task = get_task(task)
@@ -147,4 +148,4 @@ def feature_dls(
     if in_memory is None: in_memory = sum(splits[0].shape(n).numel() for n in columns)*4*sum(map(len, splits)) < 2e9
     get = [{n: ds.column(n).__getitem__ if in_memory else partial(ds.stored, n) for n in columns} for ds in splits]
     return task_loaders(splits, tuple(partial(_fetch, (g[task.cond], g[task.target])) for g in get), task, splits[0].contract, splits[0].stats,
-                        bs, seed, num_workers, default_device(device), str(folder))
+                        bs, seed, num_workers, default_device(device), str(folder), tuple if stored else _floats)

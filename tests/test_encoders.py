@@ -1,0 +1,307 @@
+"""Each family of encoders against its own library: reduced towers always, the full architectures with `pytest -m slow -n 0`, all with random weights."""
+import http.server, json, logging, threading
+import huggingface_hub, open_clip, pytest, torch, transformers
+from safetensors.torch import save_file
+from torch._dynamo.utils import counters
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from blip3o_nb.core import InputError
+from blip3o_nb.encoders import Encoder, load_encoder, tower_of
+
+TEXTS = ["a red apple", "frog"]
+TOL = 1e-4
+
+# Remote code with the parts, the options and the habits of EVA-CLIP-8B's: positions in buffers that are not saved, initialisation by `.data.normal_`
+EVA_CLIP = '''
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+class PartConfig(PretrainedConfig):
+    def __init__(self, use_rms_norm=False, post_layernorm=False, **kw): super().__init__(**kw); self.use_rms_norm, self.post_layernorm = use_rms_norm, post_layernorm
+
+class EvaConfig(PretrainedConfig):
+    model_type = "clip"
+    def __init__(self, text_config=None, vision_config=None, projection_dim=16, **kw):
+        super().__init__(**kw)
+        self.text_config, self.vision_config, self.projection_dim = PartConfig(**(text_config or {})), PartConfig(**(vision_config or {})), projection_dim
+
+class RMSNorm(nn.Module):
+    def __init__(self, d): super().__init__(); self.weight = nn.Parameter(torch.ones(d))
+    def forward(self, x): return self.weight*(x*torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+def norm(c): return RMSNorm(c.hidden_size) if c.use_rms_norm else nn.LayerNorm(c.hidden_size, eps=1e-6)
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__(); d = c.hidden_size
+        self.heads, self.post_layernorm, self.layer_norm1, self.layer_norm2 = c.num_attention_heads, c.post_layernorm, norm(c), norm(c)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = nn.Linear(d, d), nn.Linear(d, d, bias=False), nn.Linear(d, d), nn.Linear(d, d)
+        self.mlp = nn.Sequential(nn.Linear(d, c.intermediate_size), nn.GELU(), nn.Linear(c.intermediate_size, d))
+    def attend(self, x, mask):
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        a = q @ k.mT*q.shape[-1]**-.5
+        return self.out_proj(((a if mask is None else a + mask).softmax(-1) @ v).transpose(1, 2).flatten(2))
+    def forward(self, x, mask=None):
+        for f, n in ((lambda y: self.attend(y, mask), self.layer_norm1), (self.mlp, self.layer_norm2)): x = x + (n(f(x)) if self.post_layernorm else f(n(x)))
+        return x
+
+class Layers(nn.Module):
+    def __init__(self, c): super().__init__(); self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+    def forward(self, x, mask=None):
+        for f in self.layers: x = f(x, mask)
+        return x
+
+class Embeddings(nn.Module):
+    def __init__(self, n, d):
+        super().__init__(); self.position_embedding = nn.Embedding(n, d)
+        self.register_buffer("position_ids", torch.arange(n).expand(1, -1), persistent=False)
+
+class VisionEmbeddings(Embeddings):
+    def __init__(self, c):
+        super().__init__((c.image_size//c.patch_size)**2 + 1, c.hidden_size)
+        self.class_embedding, self.patch_embedding = nn.Parameter(torch.randn(c.hidden_size)), nn.Conv2d(3, c.hidden_size, c.patch_size, c.patch_size)
+    def forward(self, x):
+        x = self.patch_embedding(x).flatten(2).mT
+        return torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.position_embedding(self.position_ids)
+
+class TextEmbeddings(Embeddings):
+    def __init__(self, c): super().__init__(c.max_position_embeddings, c.hidden_size); self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
+    def forward(self, ids): return self.token_embedding(ids) + self.position_embedding(self.position_ids[:, :ids.shape[1]])
+
+class EvaBase(PreTrainedModel):
+    config_class, base_model_prefix, _keys_to_ignore_on_load_missing = EvaConfig, "clip", ["position_ids"]
+    def _init_weights(self, m):
+        if isinstance(m, TextEmbeddings): m.token_embedding.weight.data.normal_(std=.02); m.position_embedding.weight.data.normal_(std=.02)
+        if isinstance(m, nn.Linear) and m.bias is not None: m.bias.data.zero_()
+
+class Vision(EvaBase):
+    def __init__(self, c): super().__init__(c); self.embeddings, self.encoder, self.post_layernorm = VisionEmbeddings(c), Layers(c), norm(c)
+    def forward(self, pixel_values=None, output_attentions=None, output_hidden_states=None, return_dict=None):
+        x = self.encoder(self.embeddings(pixel_values))
+        out = x, self.post_layernorm(x[:, 0])
+        return BaseModelOutputWithPooling(*out) if return_dict else out
+
+class Text(EvaBase):
+    def __init__(self, c): super().__init__(c); self.embeddings, self.encoder, self.final_layer_norm = TextEmbeddings(c), Layers(c), norm(c)
+    def forward(self, ids):
+        x = self.embeddings(ids)
+        x = self.final_layer_norm(self.encoder(x, torch.full((ids.shape[1],)*2, torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device).triu(1)))
+        return x[torch.arange(len(ids)), ids.argmax(-1)]
+
+class EvaModel(EvaBase):
+    def __init__(self, config):
+        super().__init__(config); v, t, e = config.vision_config, config.text_config, config.projection_dim
+        self.text_model, self.vision_model = Text(t), Vision(v)
+        self.visual_projection, self.text_projection = nn.Linear(v.hidden_size, e, bias=False), nn.Linear(t.hidden_size, e, bias=False)
+        self.logit_scale = torch.tensor(100.)
+        self.post_init()
+    def encode_image(self, pixel_values=None, output_attentions=None, output_hidden_states=None, return_dict=None):
+        return self.visual_projection(self.vision_model(pixel_values=pixel_values, return_dict=return_dict)[1])
+    def encode_text(self, input_ids=None, attention_mask=None, position_ids=None, output_attentions=None, output_hidden_states=None, return_dict=None):
+        return self.text_projection(self.text_model(input_ids))
+'''
+
+@pytest.fixture(autouse=True)
+def code_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.getbasetemp()/"modules"))
+
+def shaken(model, seed=0):
+    "Every parameter moved from where it starts: a norm without effect or a head of zeros would hide a mistake"
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters(): p.data += .3*torch.randn(p.shape, generator=g)/(p[0].numel()**.5 if p.ndim > 1 else 1)
+    return model.eval()
+
+def add_arch(folder, name, **vision):
+    (folder/f"{name}.json").write_text(json.dumps(dict(embed_dim=16, vision_cfg=dict(image_size=32, patch_size=8, layers=2, width=48, head_width=16) | vision,
+        text_cfg=dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=1))))
+    open_clip.add_model_config(folder)
+
+def save_tokenizer(folder):
+    chars = [c for c in map(chr, range(33, 127))]
+    words = [*chars, *(c + "</w>" for c in chars), "<|startoftext|>", "<|endoftext|>"]
+    transformers.CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[]).save_pretrained(folder)
+    return dict(vocab_size=len(words), max_position_embeddings=24, bos_token_id=len(words)-2, eos_token_id=len(words)-1, pad_token_id=len(words)-1)
+
+# What a library itself gives: hidden tokens, image embeddings, text embeddings
+def open_clip_says(m, x, texts, arch):
+    ids = open_clip.get_tokenizer(arch)(texts)
+    out = m.visual.forward_intermediates(x, indices=1, output_fmt="NLC", output_extra_tokens=True)
+    return torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], 1), m.encode_image(x), m.encode_text(ids)
+
+def timm_says(m, x, texts, arch):
+    patches, cls = m.visual.trunk.forward_intermediates(x, indices=1, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True)[0]
+    return torch.cat([cls, patches], 1), m.encode_image(x), m.encode_text(open_clip.get_tokenizer(arch)(texts))
+
+def hf_says(m, x, ids):
+    return m.vision_model(pixel_values=x, output_hidden_states=True).hidden_states[-1], m.get_image_features(pixel_values=x).pooler_output, m.get_text_features(**ids).pooler_output
+
+def eva_says(m, x, ids): return m.vision_model(pixel_values=x, return_dict=True).last_hidden_state, m.encode_image(x), m.encode_text(ids["input_ids"])
+
+def a_vit(d, **kw):
+    add_arch(d, "ViT-test-8")
+    m = shaken(open_clip.create_model("ViT-test-8"))
+    torch.save(dict(state_dict=m.state_dict()), d/"vit.pt")
+    return load_encoder(f"ViT-test-8:{d/'vit.pt'}", device="cpu", **kw), lambda x: open_clip_says(m, x, TEXTS, "ViT-test-8")
+
+def an_eva02(d, **kw):
+    add_arch(d, "EVA02-test-12", image_size=96, timm_model_name="eva02_nano_patch12_96", timm_pool="token", timm_proj=None)
+    m = shaken(open_clip.create_model("EVA02-test-12"))
+    save_file(m.state_dict(), d/"eva.safetensors")
+    return load_encoder(f"EVA02-test-12:{d/'eva.safetensors'}", device="cpu", **kw), lambda x: timm_says(m, x, TEXTS, "EVA02-test-12")
+
+def a_clip(d, **kw):
+    part = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3)
+    m = shaken(transformers.CLIPModel(transformers.CLIPConfig(projection_dim=16, vision_config=dict(part, image_size=32, patch_size=8), text_config=part | save_tokenizer(d))))
+    m.save_pretrained(d); transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(d)
+    ids = transformers.AutoTokenizer.from_pretrained(d)(TEXTS, padding=True, return_tensors="pt")
+    return load_encoder(str(d), device="cpu", **kw), lambda x: hf_says(m, x, ids)
+
+def eva_folder(d, **vision):
+    "A folder as the hub's, and the model that was saved in it"
+    (d/"modeling_eva.py").write_text(EVA_CLIP)
+    cls = get_class_from_dynamic_module("modeling_eva.EvaModel", str(d))
+    part = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3)
+    m = shaken(cls(cls.config_class(text_config=part | save_tokenizer(d), vision_config=dict(part, image_size=32, patch_size=8) | vision)))
+    m.save_pretrained(d)
+    said = json.loads((d/"config.json").read_text()) | dict(dtype="float16", auto_map={"AutoConfig": "modeling_eva.EvaConfig", "AutoModel": "modeling_eva.EvaModel"})
+    (d/"config.json").write_text(json.dumps(said)) # a type that the checkpoint does not have must not round it
+    return m, transformers.AutoTokenizer.from_pretrained(d)(TEXTS, padding=True, return_tensors="pt")
+
+def an_eva_clip(d, use_rms_norm=False, post_layernorm=False, **kw):
+    m, ids = eva_folder(d, use_rms_norm=use_rms_norm, post_layernorm=post_layernorm)
+    return load_encoder(str(d), device="cpu", trust_remote_code=True, **kw), lambda x: eva_says(m, x, ids)
+
+def an_eva_clip_18b(d, **kw): return an_eva_clip(d, True, True, **kw)
+
+FAMILIES = [a_vit, an_eva02, a_clip, an_eva_clip, an_eva_clip_18b]
+
+def differences(enc, says, n=2):
+    "Largest difference from the library of hidden tokens, image embeddings and text embeddings"
+    x = torch.randn(n, 3, *[enc.tower.image_size]*2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): theirs = says(x)
+    ours = enc.tokens(x), enc.pool(enc.tokens(x)), enc.encode_text(TEXTS)
+    assert all(a.shape == b.shape and b.abs().max() > .05 for a, b in zip(ours, theirs))
+    return [(a - b).abs().max().item() for a, b in zip(ours, theirs)]
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_its_library(family, tmp_path):
+    enc, says = family(tmp_path)
+    assert max(differences(enc, says)) < TOL
+    x = torch.randn(2, 3, *[enc.tower.image_size]*2)
+    with torch.no_grad(): _, image, _ = says(x)
+    for stage in ("normed", "projected"):
+        e = Encoder(enc.tower, stage)
+        assert e.pools_exactly and (e.pool(e.tokens(x)) - image).abs().max() < TOL
+    assert json.loads(json.dumps(enc.contract)) == enc.contract
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_keeps_the_direction(family, dtype, tmp_path):
+    half, says = family(tmp_path, dtype=dtype)
+    x = torch.randn(2, 3, *[half.tower.image_size]*2)
+    with torch.no_grad(): hidden, image, text = says(x)
+    for ours, theirs in ((half.tokens(x), hidden), (half.pool(half.tokens(x)), image), (half.encode_text(TEXTS), text)):
+        assert str(ours.dtype) == f"torch.{half.contract['dtype']}"
+        assert torch.nn.functional.cosine_similarity(ours.float(), theirs, dim=-1).min() > .99
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_equals_its_library(family, tmp_path):
+    "One graph for the blocks of a tower, a second one for all other batch sizes"
+    torch.compiler.reset(); counters.clear()
+    enc, says = family(tmp_path, compile=True)
+    for n in (4, 3, 5): assert max(differences(enc, says, n)[:2]) < TOL
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+def test_remote_code_is_off_and_says_so(tmp_path, caplog):
+    eva_folder(tmp_path)
+    with pytest.raises(InputError, match="remote code is off.*trust_remote_code=True"): load_encoder(str(tmp_path))
+    with pytest.raises(InputError, match="has no revisions"): load_encoder(str(tmp_path), trust_remote_code=True, revision="0"*40)
+    with pytest.raises(InputError, match="git ls-remote https://huggingface.co/BAAI/EVA-CLIP-8B HEAD"): load_encoder("BAAI/EVA-CLIP-8B", trust_remote_code=True, revision="0"*39)
+    assert not caplog.records
+    load_encoder(str(tmp_path), device="cpu", trust_remote_code=True)
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [f"running the Python code in the folder {tmp_path}, modeling_eva.EvaModel"]
+
+def test_incomplete_remote_checkpoint_is_refused(tmp_path):
+    m, _ = eva_folder(tmp_path)
+    m.save_pretrained(tmp_path, state_dict={k: v for k, v in m.state_dict().items() if "token_embedding" not in k})
+    c = tmp_path/"config.json"; c.write_text(json.dumps(json.loads(c.read_text()) | dict(auto_map={"AutoModel": "modeling_eva.EvaModel"})))
+    with pytest.raises(InputError, match="lacks 1 tensors, first text_model.embeddings.token_embedding.weight"): load_encoder(str(tmp_path), trust_remote_code=True)
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    "The part of the Hugging Face hub that downloads use, over one folder at one commit"
+    folder, commit, asked = None, "", []
+    def do_GET(self):
+        self.asked.append(self.path)
+        repo, _, rest = self.path.split("?")[0].partition("/resolve/")
+        rev, _, name = rest.partition("/")
+        file = self.folder/name
+        if repo != "/some/eva" or rev != self.commit or not file.is_file():
+            self.send_response(404); self.send_header("X-Error-Code", "EntryNotFound"); self.send_header("X-Repo-Commit", self.commit); self.send_header("Content-Length", "0"); return self.end_headers()
+        data = file.read_bytes()
+        self.send_response(200)
+        for k, v in {"ETag": f'"{name}{len(data)}"', "X-Repo-Commit": self.commit, "Content-Length": str(len(data))}.items(): self.send_header(k, v)
+        self.end_headers()
+        if self.command == "GET": self.wfile.write(data)
+    do_HEAD = do_GET
+    def log_message(self, *args): pass
+
+def test_remote_code_of_a_hub_is_run_at_the_pinned_commit(tmp_path, monkeypatch, caplog):
+    model = tmp_path/"model"; model.mkdir()
+    m, ids = eva_folder(model)
+    Hub.folder, Hub.commit, Hub.asked = model, "0123456789abcdef"*2 + "01234567", []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    for k, v in dict(ENDPOINT=url, HUGGINGFACE_CO_URL_TEMPLATE=url + "/{repo_id}/resolve/{revision}/{filename}", HF_HUB_CACHE=str(tmp_path/"hub"), HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True).items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{k}", v)
+    for k in ("http_proxy", "https_proxy", "all_proxy"): monkeypatch.delenv(k, raising=False); monkeypatch.delenv(k.upper(), raising=False)
+    huggingface_hub.close_session()
+    try: enc = load_encoder("some/eva", device="cpu", trust_remote_code=True, revision=Hub.commit)
+    finally: server.shutdown(); huggingface_hub.close_session()
+    assert max(differences(enc, lambda x: eva_says(m, x, ids))) < TOL
+    assert (enc.contract["revision"], enc.contract["weights"], enc.contract["remote_code"]) == (Hub.commit, "hub", "modeling_eva.EvaModel")
+    assert f"running the Python code of some/eva, modeling_eva.EvaModel, at revision {Hub.commit}" in caplog.messages
+    files = [p for p in Hub.asked if "/resolve/" in p]
+    assert any(p.endswith("modeling_eva.py") for p in files) and all(f"/resolve/{Hub.commit}/" in p for p in files), files
+
+@pytest.mark.parametrize("name", ["EVA02-E-14-plus", "EVA-CLIP-8B"])
+def test_largest_towers_on_meta(name, tmp_path):
+    "The towers that do not fit here, without numbers: widths, token counts, layouts"
+    (tmp_path/"modeling_eva.py").write_text(EVA_CLIP)
+    with torch.device("meta"):
+        if name == "EVA-CLIP-8B":
+            cls = get_class_from_dynamic_module("modeling_eva.EvaModel", str(tmp_path))
+            text = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, vocab_size=49408, max_position_embeddings=77)
+            vision = dict(hidden_size=4096, intermediate_size=20480, num_hidden_layers=32, num_attention_heads=32, image_size=224, patch_size=14, use_rms_norm=True)
+            model = cls(cls.config_class(text_config=text, vision_config=vision, projection_dim=1280))
+        else: model = open_clip.create_model(name, device="meta")
+        tower = tower_of(model)
+        width, embed = {"EVA02-E-14-plus": (1792, 1024), "EVA-CLIP-8B": (4096, 1280)}[name]
+        for stage, layout, shape in (("hidden", "cls_patch", (257, width)), ("hidden", "patch_only", (256, width)), ("projected", "grid_64", (64, embed)), ("normed", "grid_16", (16, width))):
+            e = Encoder(tower, stage, layout)
+            assert (e.num_tokens, e.width, e.embed_dim) == (*shape, embed)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["ViT-L-14", "EVA02-L-14"])
+def test_full_size_of_open_clip(arch):
+    enc = load_encoder(arch, device="cpu")
+    shaken(enc.tower.model)
+    d = differences(enc, lambda x: (open_clip_says if arch == "ViT-L-14" else timm_says)(enc.tower.model, x, TEXTS, arch), 1)
+    print(arch, d)
+    assert max(d) < TOL and (enc.num_tokens, enc.width, enc.embed_dim) == (257, 1024, 768)
+
+@pytest.mark.slow
+def test_full_size_of_transformers(tmp_path):
+    "The values of openai/clip-vit-large-patch14's config.json"
+    tok = save_tokenizer(tmp_path)
+    text = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=768)
+    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, hidden_act="quick_gelu", layer_norm_eps=1e-5, image_size=224, patch_size=14, projection_dim=768)
+    m = shaken(transformers.CLIPModel(transformers.CLIPConfig(projection_dim=768, vision_config=vision, text_config=text | tok | dict(vocab_size=49408, max_position_embeddings=77))))
+    m.save_pretrained(tmp_path); transformers.CLIPImageProcessor().save_pretrained(tmp_path)
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path)(TEXTS, padding=True, return_tensors="pt")
+    enc = load_encoder(str(tmp_path), device="cpu")
+    d = differences(enc, lambda x: hf_says(m, x, ids), 1)
+    print("openai/clip-vit-large-patch14", d)
+    assert max(d) < TOL and (enc.num_tokens, enc.width, enc.embed_dim) == (257, 1024, 768)
