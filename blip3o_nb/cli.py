@@ -180,7 +180,7 @@ def clear(
     for d in ("features", "checkpoint", "regression"): shutil.rmtree(out/d, ignore_errors=True)
     for f in ("report.json", "report.html"): (out/f).unlink(missing_ok=True)
 
-# %% ../nbs/16_cli.ipynb #3fd384c0
+# %% ../nbs/16_cli.ipynb #fcf63811
 @command(output_dir="out", embeddings_dir="out", chunked_embeddings_dir="out", input_dir="images", image_dir="images", batch_size="bs",
          training_mode="layout", include_cls="layout=cls_patch", max_samples="limit")
 def blip3o_extract(
@@ -189,7 +189,7 @@ def blip3o_extract(
     clip:str="tiny-clip",    # CLIP tower: shipped, of open_clip as "ViT-L-14/openai", a Hugging Face id, or a folder
     eva:str="tiny-eva",      # EVA-CLIP tower: shipped, of open_clip as "EVA02-L-14/merged2b_s4b_b131k", "BAAI/EVA-CLIP-8B" with its two options
     stage:str="hidden",      # of the tokens: hidden (before the tower's final norm), normed, or projected
-    layout:str="cls_patch",  # cls_patch, patch_only, or grid_64 and other square grids (also --training_mode; --include_cls is cls_patch)
+    layout:str="patch_only", # patch_only, cls_patch, or grid_64 and other square grids (also --training_mode; --include_cls is cls_patch)
     bs:int=64,               # pictures a forward pass (also --batch_size)
     dtype:str="bf16",        # of the shards: bf16, fp16, fp32 or int8
     precision:str="fp32",    # of the towers: fp32, bf16 or fp16
@@ -216,9 +216,11 @@ def blip3o_extract(
     trust = dict(trust_remote_code=True, revision=revision or None) if trust_remote_code else {}
     encoders = [load_encoder(n, stage, layout, device or None, precision, compile=compile, **trust) for n in (clip, eva)]
     ds = extract(source, out, *encoders, bs=bs, dtype=dtype, limit=limit or None, shard_size=shard_size, num_workers=num_workers)
-    if ranks()[0] == 0: print(f"{len(ds):,} samples in {out}: clip {list(ds.shape('clip'))}, eva {list(ds.shape('eva'))}, {stage}, {layout}, {dtype}")
+    if ranks()[0]: return
+    print(f"{len(ds):,} samples in {out}: clip {list(ds.shape('clip'))}, eva {list(ds.shape('eva'))}, {stage}, {layout}, {dtype}")
+    if not all(e.pools_exactly for e in encoders): print("image embeddings of these tokens will be means of patches, which find captions far less well; --layout cls_patch keeps the CLS token")
 
-# %% ../nbs/16_cli.ipynb #f19b0142
+# %% ../nbs/16_cli.ipynb #4d1d3364
 @command(pos=("src", "dst"), output_dir="dst", embeddings_path="src")
 def blip3o_convert(
     src:str,            # set of shards, folder of pickles, or one pickle
@@ -238,7 +240,7 @@ def blip3o_convert(
         shards, sides = ds.verify(), leak_check(FeatureDataset(src, "train"), FeatureDataset(src, "held_out"))["key"]
         return print(f"{src}: {shards} shards, {len(ds):,} samples, every byte as written; {sides[0]:,} training and {sides[1]:,} held-out keys, no picture in both")
     if not dst: raise InputError("give a second path, where the result goes; or --verify")
-    from blip3o_nb.pickles import convert
+    from blip3o_nb.convert import convert
     to = to or ("pickles" if (Path(src)/MANIFEST).exists() else "shards")
     done = convert(src, dst, to, dtype or None, shard_size, {n: {"stage": stage} for n in ("clip", "eva")} if stage else None, layout or None)
     print(f"{dst}: {done['new']:,} samples written" + (f", {done['skipped']:,} were there already" if done["skipped"] else ""))

@@ -83,7 +83,7 @@ def read_manifest(folder:str|Path) -> dict:
             raise InputError(f"{f} has {f.stat().st_size} of {s['bytes']} bytes: it was cut short or changed; restore it, or extract into another folder")
     return m
 
-# %% ../nbs/02_shards.ipynb #79288571
+# %% ../nbs/02_shards.ipynb #02549026
 SHARD_BYTES = 2**29 # a shard is not larger than this, however many samples it might have
 
 class ShardWriter:
@@ -134,9 +134,12 @@ class ShardWriter:
     def _clear(self):
         "Remove what killed writers have left"
         for d in self.folder.glob(".writing-*"):
-            if not fcntl or d.name.split("-")[1] == str(os.getpid()): continue
+            pid = int(d.name.split("-")[1])
+            if not fcntl or pid == os.getpid(): continue
             try:
+                if not (d/"lock").exists(): os.kill(pid, 0); continue          # a writer that begins, or that died before it had its lock
                 with open(d/"lock", "r+") as f: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ProcessLookupError: pass
             except OSError: continue                                           # its writer lives
             shutil.rmtree(d, ignore_errors=True)
 

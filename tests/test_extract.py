@@ -109,4 +109,50 @@ def pictures(tmp_path_factory):
     for i in range(48): (folder/f"{i:03d}.webp").write_bytes(shipped.files(i)["webp"]); (folder/f"{i:03d}.txt").write_bytes(shipped.files(i)["txt"])
     return folder
 
+def run(monkeypatch, capsys, program, *args):
+    "A console program, in this process"
+    from blip3o_nb import cli
+    monkeypatch.setattr(sys, "argv", [program, *map(str, args)])
+    getattr(cli, program)()
+    return capsys.readouterr().out
+
+SEED_COMMANDS = { # as printed in the documents; the name of the script is ours, folders and pictures are the test's
+    "seed 0, with CLS": ('blip3o_extract --output_dir {out} --training_mode cls_patch --batch_size 32', 65),
+    "seed 0, patches": ('blip3o_extract --output_dir {out} --training_mode patch_only --batch_size 64', 64),
+    "seed 1, patches": ('blip3o_extract --chunked_embeddings_dir {out}', 64),
+    "seed 1, with CLS": ('blip3o_extract --include_cls --chunked_embeddings_dir {out}', 65),
+    "seed 3": ('blip3o_extract --input_dir {pictures} --output_dir {out} --batch_size 32', 64)}
+
+@pytest.mark.parametrize("name", SEED_COMMANDS)
+def test_seed_command(name, tmp_path, pictures, monkeypatch, capsys):
+    from blip3o_nb.shards import FeatureDataset
+    line, tokens = SEED_COMMANDS[name]
+    program, *args = line.format(out=tmp_path/"out", pictures=pictures).split()
+    if "--input_dir" not in args: args += ["--images", pictures] # the seeds' script had its pictures written into it
+    said = run(monkeypatch, capsys, program, *args)
+    ds = FeatureDataset(tmp_path/"out")
+    assert len(ds) == 48 and tuple(ds.shape("clip")) == (tokens, 192) and tuple(ds.shape("eva")) == (tokens, 256)
+    assert ("means of patches" in said) == (tokens == 64) and ds.captions[0]
+
+def test_seed_2_grid_embeddings(tmp_path, pictures, monkeypatch, capsys):
+    from blip3o_nb.pickles import read_pickle_shard
+    from blip3o_nb.shards import FeatureDataset
+    run(monkeypatch, capsys, "blip3o_extract", "--images", pictures, "--stage", "projected", "--layout", "grid_64", "--out", tmp_path/"out")
+    run(monkeypatch, capsys, "blip3o_convert", tmp_path/"out", tmp_path/"out"/"blip3o_grid_embeddings.pkl", "--to", "grid_pickle")
+    made = read_pickle_shard(tmp_path/"out"/"blip3o_grid_embeddings.pkl")
+    assert made["clip"].shape == made["eva"].shape == (48, 64, 128) and made["clip"].equal(FeatureDataset(tmp_path/"out").column("clip"))
+
+def test_torchrun_splits_the_work(tmp_path, encoders, pictures):
+    import torch
+    from blip3o_nb.extract import extract
+    from blip3o_nb.shards import FeatureDataset
+    args = ["--images", pictures, "--layout", "cls_patch", "--bs", "8", "--shard-size", "16", "--device", "cpu"]
+    r = subprocess.run([Path(sys.executable).parent/"torchrun", "--nproc-per-node", "2", "--no-python", Path(sys.executable).parent/"blip3o_extract", "--out", tmp_path/"two", *args],
+                       env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert r.returncode == 0, r.stderr[-2000:]
+    extract(pictures, tmp_path/"one", *encoders, **RUN)
+    one, two = FeatureDataset(tmp_path/"one"), FeatureDataset(tmp_path/"two")
+    assert [p.name for p in sorted(one.folder.iterdir())] == [p.name for p in sorted(two.folder.iterdir())] and one.keys == two.keys
+    assert torch.cosine_similarity(one.column("eva"), two.column("eva"), dim=-1).min() > .99999 # the processes ran with another number of threads
+
 if __name__ == "__main__": driver(Path(sys.argv[1]))
