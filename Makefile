@@ -29,6 +29,8 @@ docs: $(STAMP)       ## the site, in _docs
 
 bench: $(STAMP)      ## speed of this machine and of this library on it
 	$(PY) benchmarks/bench.py
+	$(PY) benchmarks/loading.py
+	$(PY) benchmarks/extraction.py
 
 lock: ## tested versions, from settings.ini
 	$(PYTHON) -m venv $(VENV) && $(PY) -m pip install --quiet uv

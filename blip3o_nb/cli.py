@@ -6,7 +6,7 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/cli.html.md"""
 
 # %% auto #0
 __all__ = ['fold', 'command', 'check_folder', 'check_same', 'train_step', 'check_options', 'blip3o_demo', 'clear',
-           'blip3o_extract', 'blip3o_convert']
+           'blip3o_extract', 'blip3o_convert', 'blip3o_download']
 
 # %% ../nbs/16_cli.ipynb #d9a50013
 import difflib, functools, os, shutil, sys, time
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from fastcore.script import anno_parser
 
-# %% ../nbs/16_cli.ipynb #ca032d87
+# %% ../nbs/16_cli.ipynb #a330a1e7
 def fold(
     argv:list,     # as the shell gives them
     options:list,  # names that the program has, with underscores
@@ -54,7 +54,7 @@ def command(
                 args = vars(parser.parse_args(fold(sys.argv[1:], known, aliases)))
                 f(**{k: v for k, v in args.items() if k not in ("pdb", "xtra")})
             except InputError as e: sys.exit(_say(f"{f.__name__}: {e}"))
-            except KeyboardInterrupt: sys.exit(_say("stopped; complete features and checkpoints are kept: the same command, without --fresh, goes on from them", 130))
+            except KeyboardInterrupt: sys.exit(_say("stopped; what is complete is kept: the same command, without --fresh, goes on from there", 130))
         return run
     return wrap
 
@@ -244,3 +244,20 @@ def blip3o_convert(
     to = to or ("pickles" if (Path(src)/MANIFEST).exists() else "shards")
     done = convert(src, dst, to, dtype or None, shard_size, {n: {"stage": stage} for n in ("clip", "eva")} if stage else None, layout or None)
     print(f"{dst}: {done['new']:,} samples written" + (f", {done['skipped']:,} were there already" if done["skipped"] else ""))
+
+# %% ../nbs/16_cli.ipynb #657566d5
+@command(pos=("repo",), output_dir="out", data_dir="out", local_dir="out", max_shards="n", num_shards="n")
+def blip3o_download(
+    repo:str="BLIP3o/BLIP3o-Pretrain-Short-Caption", # dataset repository of the Hugging Face Hub; also BLIP3o/BLIP3o-Pretrain-Long-Caption, BLIP3o/BLIP3o-Pretrain-JourneyDB
+    out:str="",           # folder for the tars; empty: data/ and the repository's name (also --output_dir, --data_dir, --local_dir)
+    n:int=0,              # so many files only, the first ones by name; 0 is all (also --num_shards, --max_shards)
+    pattern:str="*.tar",  # names of files to fetch
+    revision:str="",      # branch, tag or commit; empty: the commit that the folder was begun with, or the newest
+    workers:int=4,        # files at a time
+    yes:bool=False,       # do not ask before downloading: for scripts
+    check:bool=False      # read each tar's headers to its end when all are there
+):
+    "Fetch the BLIP3-o pretraining tars: shows the size and asks first, goes on where it was stopped"
+    from blip3o_nb.download import download
+    check_options(workers=workers)
+    download(repo, out or None, n or None, pattern, revision or None, workers, yes, check)

@@ -193,7 +193,7 @@ def text_side(
     names, own = unique_captions(data.captions)
     return dict(pool=pipe.pool, texts=enc.encode_text(names).float().cpu(), own=own)
 
-# %% ../nbs/14_evaluate.ipynb #08f784c9
+# %% ../nbs/14_evaluate.ipynb #2f7b3c0d
 def for_gallery(
     data:FeatureDataset, images, # pictures of the same keys, as `read_images` takes them
     side:dict,                   # from `text_side`
@@ -204,7 +204,8 @@ def for_gallery(
     from blip3o_nb.images import read_images
     idxs = torch.linspace(0, len(data)-1, min(n, len(data))).long().unique().tolist()
     want = {data.keys[i] for i in idxs}
-    found = {s.key: s.image for s in read_images(images) if s.key in want}
+    source = read_images(images)
+    found = {k: source[i].image for i, k in enumerate(source.keys) if k in want}
     idxs = [i for i in idxs if data.keys[i] in found]
     if not idxs: return None
     names = list(dict.fromkeys(data.captions))
