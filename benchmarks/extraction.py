@@ -12,8 +12,9 @@ from blip3o_nb.extract import extract
 from blip3o_nb.learner import fast_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOWERS = { # vision towers of CLIP as published, and a small one
-    "small, 8 x 384, patch 32, 224 px": dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6, patch_size=32),
+TOWERS = { # vision towers of CLIP as published, and two small ones, the first of the shipped CLIP's size
+    "6 x 192, patch 12, 96 px": dict(hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, patch_size=12, image_size=96),
+    "8 x 384, patch 32, 224 px": dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6, patch_size=32),
     "ViT-B/32, 224 px": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=32),
     "ViT-B/16, 224 px": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16),
     "ViT-L/14, 224 px": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)}
@@ -27,10 +28,11 @@ def make_pictures(folder, n):
 
 def make_tower(folder, vision):
     "A CLIP of that vision tower with random weights, as a folder of the hub's form"
-    text = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=99)
+    text = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=99, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(0)
-    transformers.CLIPModel(transformers.CLIPConfig(projection_dim=64, vision_config=dict(vision, image_size=224), text_config=text)).save_pretrained(folder)
-    transformers.CLIPImageProcessor().save_pretrained(folder)
+    transformers.CLIPModel(transformers.CLIPConfig(projection_dim=64, vision_config=dict(dict(image_size=224), **vision), text_config=text)).save_pretrained(folder)
+    side = vision.get("image_size", 224)
+    transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(folder)
 
 def plain_loop(folder, pictures, repeat=1):
     "One picture at a time through the library's own classes, each of the two towers"
@@ -44,7 +46,7 @@ def plain_loop(folder, pictures, repeat=1):
 
 def ours(folder, pictures, out, dtype, num_workers, compile=False):
     enc = load_encoder(str(folder), device=DEVICE, dtype=dtype, compile=compile)
-    if compile: enc.tokens(torch.zeros(16, 3, 224, 224)) # compiling is not counted
+    if compile: enc.tokens(torch.zeros(16, 3, *[enc.tower.image_size]*2)) # compiling is not counted
     begun = time.perf_counter()
     ds = extract(pictures[0].parent, out, enc, enc, bs=16, progress=False, num_workers=num_workers)
     return time.perf_counter() - begun, ds

@@ -180,7 +180,7 @@ def clear(
     for d in ("features", "checkpoint", "regression"): shutil.rmtree(out/d, ignore_errors=True)
     for f in ("report.json", "report.html"): (out/f).unlink(missing_ok=True)
 
-# %% ../nbs/16_cli.ipynb #fcf63811
+# %% ../nbs/16_cli.ipynb #f0c2970e
 @command(output_dir="out", embeddings_dir="out", chunked_embeddings_dir="out", input_dir="images", image_dir="images", batch_size="bs",
          training_mode="layout", include_cls="layout=cls_patch", max_samples="limit")
 def blip3o_extract(
@@ -199,23 +199,27 @@ def blip3o_extract(
     shard_size:int=1024,     # pictures a shard at most
     num_workers:int=0,       # processes that read and decode ahead; 0: in between
     device:str="",           # cuda or cpu; empty: CUDA where there is one
-    trust_remote_code:bool=False, # run the Python code that comes with a Hugging Face repository named above
+    fast_decode:bool=False,  # decode large JPEGs at a part of their size, at least twice the towers'
+    retry:bool=False,        # try pictures again that were skipped by an earlier run
+    trust_remote_code:bool=False, # run the Python code that comes with the repository named by --eva
     revision:str=""          # commit of that repository, 40 hex digits
 ):
     "Pictures to CLIP and EVA-CLIP tokens on disk"
     import torch
     from blip3o_nb.core import InputError, data_path, ranks
     from blip3o_nb.images import read_images
+    from blip3o_nb.shards import DTYPES
     check_options(device=device, limit=limit, bs=bs, shard_size=shard_size)
+    if dtype not in DTYPES: raise InputError(f"unknown --dtype '{dtype}': choose {', '.join(DTYPES)}")
     if num_workers < 0: raise InputError(f"--num-workers is {num_workers}: choose 0 or more")
     source = read_images(images or data_path("openclipart.tar.gz"), captions or None)
-    check_folder(out)
     from blip3o_nb.encoders import load_encoder
     from blip3o_nb.extract import extract
-    if not device and torch.cuda.is_available(): device = f"cuda:{os.environ.get('LOCAL_RANK', ranks()[0] % torch.cuda.device_count())}"
+    if device in ("", "cuda") and torch.cuda.is_available(): device = f"cuda:{os.environ.get('LOCAL_RANK', ranks()[0] % torch.cuda.device_count())}"
     trust = dict(trust_remote_code=True, revision=revision or None) if trust_remote_code else {}
-    encoders = [load_encoder(n, stage, layout, device or None, precision, compile=compile, **trust) for n in (clip, eva)]
-    ds = extract(source, out, *encoders, bs=bs, dtype=dtype, limit=limit or None, shard_size=shard_size, num_workers=num_workers)
+    encoders = [load_encoder(n, stage, layout, device or None, precision, compile=compile, **t) for n, t in ((clip, {}), (eva, trust))]
+    check_folder(out)
+    ds = extract(source, out, *encoders, bs=bs, dtype=dtype, limit=limit or None, shard_size=shard_size, num_workers=num_workers, fast_decode=fast_decode, retry=retry)
     if ranks()[0]: return
     print(f"{len(ds):,} samples in {out}: clip {list(ds.shape('clip'))}, eva {list(ds.shape('eva'))}, {stage}, {layout}, {dtype}")
     if not all(e.pools_exactly for e in encoders): print("image embeddings of these tokens will be means of patches, which find captions far less well; --layout cls_patch keeps the CLS token")

@@ -118,7 +118,7 @@ def seed_everything(
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #f241960e
+# %% ../nbs/00_core.ipynb #9547fbd5
 @contextmanager
 def atomic_path(
     path:str|Path,            # the file to write
@@ -135,6 +135,10 @@ def atomic_path(
         yield Path(tmp)
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
         os.chmod(tmp, 0o644); os.replace(tmp, path)
+        if os.name == "posix": # the folder's own entry
+            fd = os.open(path.parent, os.O_RDONLY)
+            try: os.fsync(fd)
+            finally: os.close(fd)
     finally: Path(tmp).unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #b1d12239

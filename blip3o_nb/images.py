@@ -191,12 +191,13 @@ def _archives(path):
         if not found[n]: raise InputError(f"no images at {n}: give a folder of pictures, a WebDataset tar, 'data/*.tar', 'data/{{000..012}}.tar' or datasets:OWNER/NAME")
     return [f for fs in found.values() for f in fs]
 
-# %% ../nbs/03b_images.ipynb #62befff6
+# %% ../nbs/03b_images.ipynb #f869b231
 def read_images(
-    path:str|Path|list,       # folder of pictures or of tars; tar (plain or gzipped), glob, braces, or a list of them; "datasets:OWNER/NAME#split"
+    path:str|Path|list|ImageSource, # folder of pictures or of tars; tar (plain or gzipped), glob, braces, or a list of them; "datasets:OWNER/NAME#split"; a source is returned as it is
     captions:str|Path|None=None # CSV, TSV or JSON Lines table; default: `metadata` or `captions` .csv or .jsonl in a folder of pictures
 ) -> ImageSource:
     "The pictures at that path by number; raises `InputError` for a path that is missing, an archive that is damaged, a table with a fault"
+    if isinstance(path, ImageSource): return path
     named = captions is not None
     if isinstance(path, str) and path.startswith("datasets:"): source = DatasetSource(path)
     elif isinstance(path, (str, Path)) and os.path.isdir(os.path.expanduser(path)):

@@ -7,18 +7,19 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/loading.html.md"""
 # %% auto #0
 __all__ = ['NORMS', 'FeatureStats', 'Normalizer', 'task_loaders', 'default_device', 'feature_dls']
 
-# %% ../nbs/02c_loading.ipynb #ccc8b26e
+# %% ../nbs/02c_loading.ipynb #9bf1b111
 import hashlib, json, os, random
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 import torch
 from fastcore.basics import noop, patch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from .core import HELD_OUT, InputError, Task, atomic_path, get_task, ranks
 from .shards import DTYPES, FeatureDataset
 
-# %% ../nbs/02c_loading.ipynb #2c7cd0f1
+# %% ../nbs/02c_loading.ipynb #14d83bf4
 @dataclass
 class FeatureStats:
     "Mean and (population) standard deviation of tokens per token and channel, and per channel; `a + b` merges two exactly"
@@ -46,7 +47,9 @@ def stats(self:FeatureDataset,
     "Statistics of a column"
     numel = self.shape(name).numel()
     file = self.folder/".stats"/f"{name}-{self._fingerprint()}.safetensors" if numel*len(self)*DTYPES[self.dtype].itemsize > keep_above else None
-    if file and file.exists(): return FeatureStats(len(self), **load_file(file))
+    if file and file.exists():
+        try: return FeatureStats(len(self), **load_file(file))
+        except (SafetensorError, OSError, TypeError): pass # damaged: counted again
     idxs = torch.arange(len(self)).split(chunk or max(1, 2**22//numel))
     s = sum((FeatureStats.of(self.rows(name, i)) for i in idxs), FeatureStats())
     if file:
@@ -90,7 +93,7 @@ class Normalizer(torch.nn.Module):
         if self.mode == "sphere": return self.std*z[..., :-1]/z[..., -1:].clamp_min(1e-3)
         return z if self.mode == "l2" else z*self.std + self.mean
 
-# %% ../nbs/02c_loading.ipynb #f5616419
+# %% ../nbs/02c_loading.ipynb #5b1f5ca4
 def _fetch(fetchers, idxs): return tuple(f(torch.tensor(idxs)) for f in fetchers)
 def _floats(batch): return tuple(x.float() for x in batch)
 def _share_of(dl, total, rank, world):
@@ -113,11 +116,12 @@ def task_loaders(
     (rank, world), (train, valid), loaders = ranks(), splits, []
     if len(train) < bs*world: raise InputError(f"{where} has {len(train)} training samples, fewer than one batch of {bs}{f' for each of {world} processes' if world > 1 else ''}: lower bs or add samples")
     if not len(valid): raise InputError(f"{where} has no held-out sample among {len(train)}: add samples or raise share")
+    class TaskLoader(DataLoader):
+        def get_idxs(self): return _share_of(self, len(self.dataset), rank, world)
     for ds, f in zip(splits, fetch):
         n = len(ds)//world if ds is train else len(range(rank, len(ds), world))
-        dl = DataLoader(ds, bs=bs, shuffle=ds is train, drop_last=ds is train, num_workers=num_workers, n=n, pin_memory=device.type == "cuda",
+        dl = TaskLoader(ds, bs=bs, shuffle=ds is train, drop_last=ds is train, num_workers=num_workers, n=n, pin_memory=device.type == "cuda",
                         create_item=noop, retain=noop, create_batch=f, after_batch=after)
-        dl.get_idxs = partial(_share_of, dl, len(ds), rank, world)
         loaders.append(dl)
     loaders[0].rng = random.Random(seed)
     class TaskLoaders(DataLoaders):

@@ -7,26 +7,30 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/online.html.md"""
 # %% auto #0
 __all__ = ['online_dls']
 
-# %% ../nbs/04b_online.ipynb #18a46f71
+# %% ../nbs/04b_online.ipynb #56e4d229
 from functools import partial
 import torch
 from .core import HELD_OUT, InputError, Task, get_task, is_held_out
-from .extract import Pixels
+from .extract import Pixels, checked
 from .images import read_images
 from .loading import FeatureStats, task_loaders
 
-# %% ../nbs/04b_online.ipynb #ba8f6899
+# %% ../nbs/04b_online.ipynb #c8d265c1
 def _tokens(encoders, task, skipped, batch):
     "Pixels to `(cond, target)`, `[B, N, D]` float32"
-    px, bad = batch
+    _, about, bad, px = checked(batch)
     skipped.update(bad)
-    if not px: raise InputError(f"no picture of a batch of {len(bad)} can be read, first {next(iter(bad.items()))}: check the files")
+    if not px: raise InputError(f"no picture of {len(bad)} can be read, first {next(iter(bad.items()))}: check the files")
     made = {n: encoders[n].tokens(px[0] if n == "clip" else px[-1]).float() for n in {task.cond, task.target}}
     return made[task.cond], made[task.target]
 
 def _decode(pixels, split, idxs):
-    _, _, skipped, px = pixels[0, [split[i] for i in idxs]]
-    return px, skipped
+    item = pixels[0, [split[i] for i in idxs]]
+    for i in split[:64]: # only as far as nothing was read
+        if item[3] or item[1] is None: break
+        _, about, skipped, px = pixels[0, [i]]
+        item = (0, about, {**item[2], **skipped} if about is not None else skipped, px)
+    return item
 
 def online_dls(
     images,                         # what `read_images` takes, or an `ImageSource`
@@ -39,14 +43,16 @@ def online_dls(
     stats_samples:int=512           # training pictures that the statistics are estimated from
 ): # what `feature_dls` returns, and `.skipped`: key -> reason
     "Batches `(cond, target)` `[B, N, D]` float32 of pictures, made by the encoders as they are asked for; raises `InputError` as `feature_dls` does"
-    source, task = read_images(images) if not hasattr(images, "keys") else images, get_task(task)
+    source, task = read_images(images), get_task(task)
     sides = [[i for i, k in enumerate(source.keys) if is_held_out(k, share) == held] for held in (False, True)]
     splits, encoders, pixels, skipped = (sides[0][:max_samples], sides[1]), dict(clip=clip, eva=eva), Pixels(source, clip, eva), dict(source.skipped)
     after, device = partial(_tokens, encoders, task, skipped), (clip if "clip" in (task.cond, task.target) else eva).device
     def stats(name):
         some = torch.randperm(len(splits[0]), generator=torch.Generator().manual_seed(seed))[:stats_samples].tolist()
         batches = (_decode(pixels, splits[0], some[i:i + bs]) for i in range(0, len(some), bs))
-        return sum((FeatureStats.of(encoders[name].tokens((px[0] if name == "clip" else px[-1]).to(device)).cpu()) for px, _ in batches if px), FeatureStats())
+        made = [FeatureStats.of(encoders[name].tokens((px[0] if name == "clip" else px[-1]).to(device)).cpu()) for *_, px in map(checked, batches) if px]
+        if not made: raise InputError(f"none of {len(some)} pictures of {source.path} can be read: check the files")
+        return sum(made, FeatureStats())
     dls = task_loaders(splits, tuple(partial(_decode, pixels, s) for s in splits), task, {"clip": clip.contract, "eva": eva.contract}, stats,
                        bs, seed, num_workers, device, str(source.path), after)
     dls.skipped = skipped

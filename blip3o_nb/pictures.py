@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from .core import InputError
 
-# %% ../nbs/03a_pictures.ipynb #80678fb6
+# %% ../nbs/03a_pictures.ipynb #83d9dd41
 FORMATS = ("WEBP", "JPEG", "PNG", "GIF", "BMP", "TIFF") # none of these starts another program
 
 def _eight_bits(im):
@@ -29,12 +29,15 @@ def _eight_bits(im):
     return Image.fromarray((x*(255/white)).clip(0, 255).astype("uint8"))
 
 def decode_image(
-    data:bytes # of a webp, jpeg, png, gif, bmp or tiff file
+    data:bytes, # of a webp, jpeg, png, gif, bmp or tiff file
+    at_least:int|None=None # a JPEG may come at 1/2, 1/4 or 1/8 of its size as long as both sides have so many pixels
 ) -> Image.Image: # RGB
     "The (first) picture in those bytes, upright; raises what its decoder raises, or `DecompressionBombWarning` where it is too large"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore"); warnings.simplefilter("error", Image.DecompressionBombWarning)
-        im = Image.open(BytesIO(data), formats=FORMATS); im.load()
+        im = Image.open(BytesIO(data), formats=FORMATS)
+        if at_least and im.format == "JPEG": im.draft(None, (at_least, at_least))
+        im.load()
         with suppress(Exception): ImageOps.exif_transpose(im, in_place=True) # a damaged EXIF block costs the orientation, not the picture
     if im.mode == "F" or im.mode.startswith("I"): im = _eight_bits(im)
     if im.has_transparency_data: im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
@@ -61,7 +64,7 @@ def caption_of(
     except (ValueError, RecursionError): return ""
     return first_caption(about) if isinstance(about, dict) else ""
 
-# %% ../nbs/03a_pictures.ipynb #8943895a
+# %% ../nbs/03a_pictures.ipynb #4b3ad86f
 @dataclass
 class Sample:
     "One picture as it is read"
@@ -89,14 +92,16 @@ class ImageSource:
     def _gone(self): return False # is more missing than one picture?
     def _skip(self, name, reason): self.skipped[clean_text(name)] = reason; return True
 
-    def __getitem__(self, i:int) -> Sample:
+    def __getitem__(self, i:int) -> Sample: return self.sample(i)
+    def sample(self, i:int, at_least:int|None=None) -> Sample: # at_least: as `decode_image` takes it
         "Sample `i`, decoded; raises `Unreadable`"
         key = self.keys[i]
         try:
             files = self.files(i)
             data = next(b for e, b in files.items() if e not in ("txt", "json"))
             if not data: raise Unreadable("an empty file")
-            image = decode_image(data)
+            image = decode_image(data, at_least)
+            if max(image.size) > 50*min(image.size): raise Unreadable(f"{image.width} x {image.height} pixels, a strip") # resized by its short side it would take gigabytes
         except (Unreadable, InputError): raise
         except UnidentifiedImageError as e: raise Unreadable("not a webp, jpeg, png, gif, bmp or tiff") from e
         except Exception as e: # decoders raise errors of every kind

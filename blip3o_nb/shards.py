@@ -8,8 +8,8 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/shards.html.md"""
 __all__ = ['FEATURES', 'DTYPES', 'FORMATS', 'MANIFEST', 'SHARD_BYTES', 'pack', 'unpack', 'sha256_file', 'contract_diff',
            'read_manifest', 'ShardWriter', 'FeatureDataset', 'leak_check']
 
-# %% ../nbs/02_shards.ipynb #c86e1277
-import hashlib, json, os, shutil, tempfile
+# %% ../nbs/02_shards.ipynb #5df26e4d
+import hashlib, json, os, platform, re, shutil, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,8 +83,9 @@ def read_manifest(folder:str|Path) -> dict:
             raise InputError(f"{f} has {f.stat().st_size} of {s['bytes']} bytes: it was cut short or changed; restore it, or extract into another folder")
     return m
 
-# %% ../nbs/02_shards.ipynb #02549026
+# %% ../nbs/02_shards.ipynb #da4daf31
 SHARD_BYTES = 2**29 # a shard is not larger than this, however many samples it might have
+_STAGING = set()    # folders of this process's writers
 
 class ShardWriter:
     "Writes feature shards, each whole or not at all; on a folder that has some it goes on where they end"
@@ -98,16 +99,20 @@ class ShardWriter:
         self.folder, self.dtype, self.shard_size = Path(folder), dtype, shard_size
         self.contract = json.loads(json.dumps(contract))
         self.shapes, self.parts, self.held = {}, {}, {}                        # by number of the shard: what its file says, and its keys
-        self.done, self.unusable, self.plan = set(), {}, None                  # keys that are stored; pictures that are in no shard, with reasons; for `extract`
+        self.done, self.known = set(), {}                                      # keys that are stored; of the first of each shard: key -> image hash
+        self.unusable, self.plan = {}, None                                    # for `extract`: pictures that are in no shard, with reasons; what the shards hold
         self.buffer, self.pending, self.left_out, self._job = {}, [], {}, None
         self._resume()
         self.number = max(self.parts, default=-1) + 1                          # of the shard that is being filled
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clear()
-            self._staging = tempfile.TemporaryDirectory(prefix=f".writing-{os.getpid()}-", dir=self.folder)
-            self._lock = open(Path(self._staging.name)/"lock", "w")
-            if fcntl: fcntl.lockf(self._lock, fcntl.LOCK_EX)
+            self._staging = tempfile.TemporaryDirectory(prefix=f".writing-{platform.node().replace('-', '_')}-{os.getpid()}-", dir=self.folder)
+            d = Path(self._staging.name); _STAGING.add(d.name)
+            self._lock = open(d/"lock.new", "w")
+            if fcntl:
+                try: fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB); (d/"lock.new").rename(d/"lock")
+                except OSError: pass                                           # a disk without locks: nobody clears this folder
         self._pool = ThreadPoolExecutor(1)
 
     def __enter__(self): return self
@@ -115,35 +120,44 @@ class ShardWriter:
         try:
             if exc_type is None: self.flush()
             self.wait()
+            if exc_type is None: self.publish()
         finally: self._pool.shutdown(); self._lock.close(); self._staging.cleanup()
     def _resume(self):
         if (self.folder/MANIFEST).exists():
-            m = read_manifest(self.folder)
+            m = read_json(self.folder/MANIFEST)
+            if not isinstance(m, dict) or m.get("format") not in FORMATS: m = read_manifest(self.folder) # says what is wrong
             _same_contract(self.folder, {**m["contract"], "dtype": m["dtype"]}, {**self.contract, "dtype": self.dtype})
-            self.parts = {int(Path(s["file"]).stem.split("-")[1]): {**s, "shapes": m["shapes"]} for s in m["shards"]}
+            if m["format"] == FORMATS[1]: self.parts = {int(Path(s["file"]).stem.split("-")[1]): {**s, "shapes": m["shapes"]} for s in m["shards"] if self._complete(s)}
         for n, p in sorted(self._scan().items()):
             h = _read_header(f := self.folder/p["file"])[0] if p["samples"] else dict(keys=[], contract=self.contract)
             _same_contract(f if p["samples"] else self.folder, h["contract"], self.contract)
             self.held[n] = h["keys"]; self.done.update(h["keys"]); self.expect(p["shapes"])
+            if h["keys"]: self.known[h["keys"][0]] = h["image_hashes"][0]
     def _scan(self):
         "Numbers of the shards that are complete, by any process"
         for f in self.folder.glob("shard-*.json"):
-            n = int(f.stem.split("-")[1])
-            if n not in self.parts or "skipped" not in self.parts[n]: self.parts[n] = read_json(f)
+            if not re.fullmatch(r"shard-\d{5,}", f.stem): continue             # a copy that somebody made
+            n = int(f.stem[6:])
+            if not self.parts.get(n, {}).get("samples") and self._complete(p := read_json(f)): self.parts[n] = p
         return self.parts
+    def _complete(self, part):
+        f = self.folder/part["file"]
+        return not part["samples"] or f.exists() and f.stat().st_size == part["bytes"]
     def _clear(self):
         "Remove what killed writers have left"
         for d in self.folder.glob(".writing-*"):
-            pid = int(d.name.split("-")[1])
-            if not fcntl or pid == os.getpid(): continue
+            host, pid = (d.name.split("-") + ["", ""])[1:3]
+            if not fcntl or d.name in _STAGING or not pid.isdecimal(): continue
             try:
-                if not (d/"lock").exists(): os.kill(pid, 0); continue          # a writer that begins, or that died before it had its lock
-                with open(d/"lock", "r+") as f: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (d/"lock").exists():
+                    with open(d/"lock", "r+") as f: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                elif host != platform.node().replace("-", "_"): continue       # a writer of another machine that begins, or a disk without locks
+                elif int(pid) != os.getpid(): os.kill(int(pid), 0); continue   # a writer that begins; below if it died before it had its lock
             except ProcessLookupError: pass
             except OSError: continue                                           # its writer lives
             shutil.rmtree(d, ignore_errors=True)
 
-# %% ../nbs/02_shards.ipynb #a498b68d
+# %% ../nbs/02_shards.ipynb #0e125e66
 @patch
 @contextmanager
 def _writing(self:ShardWriter):
@@ -155,6 +169,9 @@ def _writing(self:ShardWriter):
 def _commit(self:ShardWriter, number, pending, left_out, buffer):
     "Write one shard, then what is known of it, then the manifest"
     name, staging = f"shard-{number:05d}", self._staging.name
+    if (there := self._scan().get(number, {})).get("samples"):
+        if self.plan and there.get("plan") == self.plan: return
+        raise InputError(f"{name} in {self.folder} was written by another process meanwhile: give each process numbers of its own (`number`), or a folder")
     part = dict(file=f"{name}.safetensors", samples=len(pending), bytes=0, sha256="", shapes=self.shapes, plan=self.plan, skipped=left_out)
     with self._writing():
         if pending:
@@ -170,12 +187,13 @@ def _commit(self:ShardWriter, number, pending, left_out, buffer):
 @patch
 def publish(self:ShardWriter) -> None:
     "Write the manifest and `skipped.json` from all shards that are complete"
-    seen = -1
-    while len(self._scan()) != seen:
-        seen, parts = len(self.parts), [p for _, p in sorted(self.parts.items())]
+    seen, state = None, lambda: {n: p["samples"] for n, p in self._scan().items()}
+    while (now := state()) != seen:
+        seen, parts = now, [p for _, p in sorted(self.parts.items())]
         shards = [{k: p[k] for k in ("file", "samples", "bytes", "sha256")} for p in parts if p["samples"]]
         skipped = {k: v for skips in (self.unusable, *(p.get("skipped", {}) for p in parts)) for k, v in skips.items() if k not in self.done}
         if skipped: write_json(self.folder/"skipped.json", skipped, self._staging.name)
+        else: (self.folder/"skipped.json").unlink(missing_ok=True)
         write_json(self.folder/MANIFEST, dict(format=FORMATS[0], samples=sum(s["samples"] for s in shards), skipped=len(skipped), dtype=self.dtype,
                    shapes=next((p["shapes"] for p in parts if p["shapes"]), {}), contract=self.contract, shards=shards), self._staging.name)
 
@@ -246,9 +264,9 @@ def add(self:ShardWriter, key:str, clip:torch.Tensor, eva:torch.Tensor, caption:
     "Store one sample, as `add_batch` does"
     self.add_batch([key], clip[None], eva[None], [caption], [image_hash])
 
-# %% ../nbs/02_shards.ipynb #01cdc643
+# %% ../nbs/02_shards.ipynb #2bc78874
 class FeatureDataset:
-    "The samples of a set of shards, or of one side of its split; reads what is asked for and holds nothing"
+    "The samples of a set of shards, or of one side of its split; holds keys, captions and hashes, and reads tokens when they are asked for"
     def __init__(self,
         folder:str|Path,
         split:str|None=None,       # None (all), "train" or "held_out"
@@ -256,6 +274,7 @@ class FeatureDataset:
         max_samples:int|None=None  # keep the first so many
     ):
         if split not in (None, "train", "held_out"): raise InputError(f"unknown split '{split}': choose train or held_out, or None for all")
+        if max_samples is not None and max_samples < 1: raise InputError(f"max_samples is {max_samples}: choose at least 1, or None for all")
         self.folder, self.split, self.share, self.max_samples, self.manifest = Path(folder), split, share, max_samples, read_manifest(folder)
         self.contract, self.dtype, self._start, rows = self.manifest["contract"], self.manifest["dtype"], [], []
         for i, shard in enumerate(self.manifest["shards"]):
@@ -271,7 +290,7 @@ class FeatureDataset:
     def shape(self, name:str) -> tuple: return torch.Size(self.manifest["shapes"][name]) # (N, D)
     def __getstate__(self): return {**self.__dict__, "_open": {}}
 
-    def _file(self, i, keep=32): # opened in this process
+    def _file(self, i, keep=256): # opened in this process
         if self._pid != os.getpid(): self._pid, self._open = os.getpid(), {}
         if i not in self._open:
             if len(self._open) >= keep: self._open.pop(next(iter(self._open))).close()

@@ -13,6 +13,7 @@ MOMENTS = {
     "a shard is being written": lambda d: any(d.glob(".writing-*/.shard-00001*")),
     "a shard has its name": lambda d: (d/"shard-00002.safetensors").exists(),
     "a shard has its entry": lambda d: (d/"shard-00001.json").exists(),
+    "the last shard has its entry": lambda d: (d/f"shard-{PICTURES//16:05d}.json").exists(),
     "the manifest is being written": lambda d: any(d.glob(".writing-*/.manifest*")) and (d/"shard-00002.json").exists(),
 }
 
@@ -76,6 +77,7 @@ def test_killed_at_any_moment_and_resumed_the_set_is_the_same(report):
     wrong = {k: v for k, v in kills.items() if not (v["again"] == 0 and v["same"])}
     assert not wrong
     assert sum(v["killed"] for v in kills.values()) >= 7, kills # the others ended before their moment came
+    assert all(kills[m]["killed"] for m in list(MOMENTS)[:4]), kills
     assert len({v["left"] for v in kills.values()}) > 3                # they died at different places
 
 def test_two_ranks_make_the_set_of_one(report): assert report["two ranks"]["same"]
