@@ -2,7 +2,9 @@
 
 A plain loop over a Hugging Face tower, one picture at a time (open, processor, forward, keep), as earlier attempts extracted, beside `extract` with the
 same tower, weights and pictures. Random weights, since speed does not depend on them; the two towers of a run are the same one, in both.
-The runs alternate and their medians are compared; the tokens are held against each other. Writes benchmarks/extraction.json."""
+The runs alternate and their medians are compared; the tokens are held against each other. The share is that of the towers' operations in what a float32
+matrix product does in a second, measured in the same run: no order of the work gains more than 1/share in that precision. Large pictures are read with
+`fast_decode`. Writes benchmarks/extraction.json."""
 import argparse, json, os, platform, shutil, statistics, tempfile, time
 from pathlib import Path
 import numpy as np, torch, transformers
@@ -16,15 +18,30 @@ TOWERS = { # vision towers of CLIP as published, and two small ones, the first o
     "6 x 192, patch 12, 96 px": dict(hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, patch_size=12, image_size=96),
     "8 x 384, patch 32, 224 px": dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6, patch_size=32),
     "ViT-B/32, 224 px": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=32),
-    "ViT-B/16, 224 px": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16),
     "ViT-L/14, 224 px": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)}
 
-def make_pictures(folder, n):
-    "Photographs' sizes, smooth and noisy, as JPEG"
-    rng = np.random.default_rng(0)
+SIZES = {"640 x 480": (640, 480), "a camera's 4032 x 3024": (4032, 3024)}
+
+def make_pictures(folder, n, size):
+    "Random pictures with detail at several scales, as JPEG"
+    rng, (w, h) = np.random.default_rng(0), size
     for i in range(n):
-        small = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((640, 480), Image.Resampling.BICUBIC).save(folder/f"{i:04d}.jpg", quality=90)
+        layers = [(a, Image.fromarray(rng.integers(0, 255, (3*k, 4*k, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)) for k, a in ((4, .5), (16, .3), (60, .2))]
+        Image.fromarray(sum(a*np.asarray(im, dtype=np.float32) for a, im in layers).astype(np.uint8)).save(folder/f"{i:04d}.jpg", quality=90)
+
+def matrix_rate(n=1536):
+    "Operations a second of a float32 matrix product"
+    a, b, best = torch.randn(n, n, device=DEVICE), torch.randn(n, n, device=DEVICE), 1e9
+    for _ in range(7):
+        begun = time.perf_counter(); a @ b
+        if DEVICE == "cuda": torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begun)
+    return 2*n**3/best
+
+def tower_flops(v):
+    "Of one picture: products of the blocks and of attention"
+    w, n = v["hidden_size"], (v.get("image_size", 224)//v["patch_size"])**2 + 1
+    return v["num_hidden_layers"]*n*(24*w*w + 4*n*w)
 
 def make_tower(folder, vision):
     "A CLIP of that vision tower with random weights, as a folder of the hub's form"
@@ -44,15 +61,15 @@ def plain_loop(folder, pictures, repeat=1):
         with torch.no_grad(): kept[p.stem] = [model.vision_model(pixel_values=px).last_hidden_state[0].float().cpu() for _ in range(2)]
     return time.perf_counter() - begun, kept
 
-def ours(folder, pictures, out, dtype, num_workers, compile=False):
+def ours(folder, pictures, out, dtype, num_workers, fast_decode, compile=False):
     enc = load_encoder(str(folder), device=DEVICE, dtype=dtype, compile=compile)
     if compile: enc.tokens(torch.zeros(16, 3, *[enc.tower.image_size]*2)) # compiling is not counted
     begun = time.perf_counter()
-    ds = extract(pictures[0].parent, out, enc, enc, bs=16, progress=False, num_workers=num_workers)
+    ds = extract(pictures[0].parent, out, enc, enc, bs=16, progress=False, num_workers=num_workers, fast_decode=fast_decode)
     return time.perf_counter() - begun, ds
 
 def main():
-    p = argparse.ArgumentParser(); p.add_argument("--pictures", type=int, default=48); p.add_argument("--repeat", type=int, default=3); p.add_argument("--towers", default=""); p.add_argument("--workers", type=int, default=0)
+    p = argparse.ArgumentParser(); p.add_argument("--pictures", type=int, default=24); p.add_argument("--repeat", type=int, default=3); p.add_argument("--towers", default=""); p.add_argument("--workers", type=int, default=0)
     p.add_argument("--compile", action="store_true")
     a = p.parse_args()
     transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
@@ -60,20 +77,24 @@ def main():
     about = dict(machine=platform.machine(), device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", threads=torch.get_num_threads(), torch=torch.__version__, dtype=str(dtype), repeat=a.repeat)
     print(about)
     try:
-        for name, vision in TOWERS.items():
-            if a.towers not in name: continue
-            n = a.pictures if "L/14" not in name else max(8, a.pictures//4)
-            here = root/name.replace("/", "_"); (here/"pictures").mkdir(parents=True); make_pictures(here/"pictures", n)
+        for (name, vision), (of, size) in [(t, s) for s in SIZES.items() for t in TOWERS.items()]:
+            if a.towers not in name or "L/14" in name and size[0] > 999: continue
+            n, large, row = a.pictures if size[0] < 999 else a.pictures//2, size[0] > 999, f"{of}, {name}"
+            if "L/14" in name: n = max(8, n//4)
+            here = root/row.replace("/", "_"); (here/"pictures").mkdir(parents=True); make_pictures(here/"pictures", n, size)
             make_tower(here/"tower", vision)
+            if not large: rate = matrix_rate()
             pictures, times = sorted((here/"pictures").iterdir()), dict(plain=[], ours=[])
             for r in range(a.repeat):
                 t, kept = plain_loop(here/"tower", pictures); times["plain"].append(t)
                 shutil.rmtree(here/"out", ignore_errors=True)
-                t, ds = ours(here/"tower", pictures, here/"out", dtype, a.workers, a.compile); times["ours"].append(t)
+                t, ds = ours(here/"tower", pictures, here/"out", dtype, a.workers, large, a.compile); times["ours"].append(t)
             cos = min(torch.nn.functional.cosine_similarity(ds[k][c].double(), x.double(), dim=-1).min().item() for k, xs in kept.items() for c, x in zip(("clip", "eva"), xs))
             per = {k: n/statistics.median(t) for k, t in times.items()}
-            rows[name] = dict(pictures=n, plain_images_per_s=per["plain"], images_per_s=per["ours"], ratio=per["ours"]/per["plain"], min_cosine=cos, times=times)
-            print(f"{name:34} plain {per['plain']:7.2f} images/s   extract {per['ours']:7.2f} images/s   ratio {rows[name]['ratio']:.2f}   smallest cosine of a token {cos:.6f}", flush=True)
+            share = {k: v*2*tower_flops(vision)/rate for k, v in per.items()}
+            rows[row] = dict(pictures=n, plain_images_per_s=per["plain"], images_per_s=per["ours"], ratio=per["ours"]/per["plain"], min_cosine=cos, plain_share=share["plain"], share=share["ours"], times=times)
+            print(f"{row:52} plain {per['plain']:6.2f} images/s ({share['plain']:4.0%})   extract {per['ours']:6.2f} images/s ({share['ours']:4.0%})   ratio {rows[row]['ratio']:.2f}   smallest cosine of a token {cos:.6f}", flush=True)
+            shutil.rmtree(here)
     finally: shutil.rmtree(root)
     if not a.towers: Path(__file__).with_suffix(".json").write_text(json.dumps(dict(about=about, **rows), indent=1) + "\n")
 

@@ -37,15 +37,18 @@ def iterate(folder):
     return dict(samples=n*BS, gb=n*BS*SAMPLE/1e9, first_batch_s=first, gb_per_s=n*BS*SAMPLE/1e9/took, rss_mb=peak[0], rss_before_mb=before)
 
 def throughput(folder, repeat=5):
-    "Bytes of the files a second, medians of alternating runs; a batch is a new tensor each time, as a loader makes it, but for the two copies"
-    import torch
+    "Bytes of the files a second, medians of alternating runs; reading is done by one thread, a copy by torch by as many as it has"
+    import numpy as np, torch
     from safetensors import safe_open
     from blip3o_nb.loading import feature_dls
     from blip3o_nb.shards import FeatureDataset
     ds = FeatureDataset(folder)
     order = torch.randperm(len(ds), generator=torch.Generator().manual_seed(0)).split(BS)
     size = sum(map(len, order))*SAMPLE
-    held = torch.randint(0, 99, (64, SAMPLE//2), dtype=torch.int16); into = torch.empty(BS, SAMPLE//2, dtype=torch.int16)
+    held, into = torch.empty(len(ds), SAMPLE//2, dtype=torch.int16), torch.empty(BS, SAMPLE//2, dtype=torch.int16)
+    for i in range(len(ds)): held[i] = torch.cat([ds.stored(k, torch.tensor([i])).flatten().view(torch.int16) for k in SHAPES])
+    batches, plain = [held[i:i + BS] for i in range(0, len(ds), BS)], held.numpy()
+    target = into.numpy()
     maps = [safe_open(ds.folder/s["file"], "pt") for s in ds.manifest["shards"]]
     views = [{k: f.get_tensor(k) for k in SHAPES} for f in maps]
     def mapped(idxs):
@@ -59,9 +62,10 @@ def throughput(folder, repeat=5):
         run.size = len(dl)*BS*SAMPLE # the held-out samples are not in it
         return run
     as_stored, as_float = loader(stored=True), loader()
-    ways = {"copy in memory, into the same batch again": lambda: epoch(lambda i: into[:len(i)].copy_(held[i[0] % 56:][:len(i)])),
-            "copy in memory, a new batch each time": lambda: epoch(lambda i: held[i[0] % 56:][:len(i)].clone()),
-            "FeatureDataset.stored": lambda: epoch(lambda i: [ds.stored(k, i) for k in SHAPES]),
+    ways = {"plain copy in memory (numpy, one thread)": lambda: [np.copyto(target[:len(b)], b) for b in np.array_split(plain, len(batches))] and None,
+            "copy in memory by torch, all threads": lambda: [into[:len(b)].copy_(b) for b in batches] and None,
+            "the same into a new batch each time": lambda: [None for b in batches if b.clone() is None],
+            "FeatureDataset.stored": lambda: epoch(lambda i: [ds.stored(k, i) for k in SHAPES]), # shuffled, as all that follow
             "feature_dls, as stored": as_stored, "feature_dls, float32": as_float,
             "memory map": lambda: epoch(mapped)}
     times = {k: [] for k in ways}
@@ -101,7 +105,7 @@ def main():
         part("pickles", root/"small", root/"p.pkl"); rows["one pickle"] = part("pickles", root/"small", root/"p.pkl")
         rows["shards of the same samples"] = part("iterate", root/"small")
     finally: shutil.rmtree(root)
-    t, c = rows["from cached files"], rows["from cached files"]["copy in memory, into the same batch again"]["gb_per_s"]
+    t, c = rows["from cached files"], rows["from cached files"]["plain copy in memory (numpy, one thread)"]["gb_per_s"]
     w = rows["whole set"]
     print(f"written at {rows['write_gb_per_s']:.2f} GB/s\none epoch of {w['gb']:.1f} GB: first batch {w['first_batch_s']:.2f} s, memory at most {w['rss_mb']:.0f} MB ({w['rss_before_mb']:.0f} MB before)")
     for k, v in t.items(): print(f"{k:44}{v['gb_per_s']:6.2f} GB/s  {v['gb_per_s']/c:5.0%} of the first row, spread {v['spread']:.0%}")

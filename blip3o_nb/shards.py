@@ -264,7 +264,7 @@ def add(self:ShardWriter, key:str, clip:torch.Tensor, eva:torch.Tensor, caption:
     "Store one sample, as `add_batch` does"
     self.add_batch([key], clip[None], eva[None], [caption], [image_hash])
 
-# %% ../nbs/02_shards.ipynb #2bc78874
+# %% ../nbs/02_shards.ipynb #180cd5b0
 class FeatureDataset:
     "The samples of a set of shards, or of one side of its split; holds keys, captions and hashes, and reads tokens when they are asked for"
     def __init__(self,
@@ -293,7 +293,7 @@ class FeatureDataset:
     def _file(self, i, keep=256): # opened in this process
         if self._pid != os.getpid(): self._pid, self._open = os.getpid(), {}
         if i not in self._open:
-            if len(self._open) >= keep: self._open.pop(next(iter(self._open))).close()
+            if len(self._open) >= keep: self._open.pop(next(iter(self._open))) # closed when nobody reads from it any more
             self._open[i] = open(self.folder/self.manifest["shards"][i]["file"], "rb", buffering=0)
         return self._open[i]
 
