@@ -14,14 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from fastcore.script import anno_parser
 
-# %% ../nbs/16_cli.ipynb #a330a1e7
+# %% ../nbs/16_cli.ipynb #0b16586d
 def fold(
     argv:list,     # as the shell gives them
     options:list,  # names that the program has, with underscores
     aliases:dict   # other name -> name, or "name=value" for a switch that stands for it
 ) -> list:
     "Arguments with every option under the name that the program has; raises `InputError` for one that it does not have"
-    from blip3o_nb.core import InputError
     out = []
     for a in argv:
         if a.startswith("--") and len(a) > 2:
@@ -30,6 +29,7 @@ def fold(
             if to and "=" in to: name, _, value = to.partition("="); eq = "="
             name = to if to and "=" not in to else name
             if name not in (*options, "help"):
+                from blip3o_nb.core import InputError
                 near = difflib.get_close_matches(name, [*options, *aliases], n=1)
                 raise InputError(f"unknown option --{plain}" + (f", did you mean --{near[0].replace('_', '-')}?" if near else "") + " (--help lists all)")
             a = f"--{name.replace('_', '-')}{eq}{value}"
@@ -45,15 +45,19 @@ def command(
         @functools.wraps(f)
         def run(*args, **kwargs):
             if args or kwargs or Path(sys.argv[0]).stem != f.__name__: return f(*args, **kwargs)
-            from blip3o_nb.core import InputError
             parser = anno_parser(f, prog=f.__name__, pos=list(pos))
-            def fail(message): raise InputError(f"{message} (--help lists all options)")
+            def fail(message):
+                from blip3o_nb.core import InputError # torch, which --help does not wait for
+                raise InputError(f"{message} (--help lists all options)")
             parser.error = fail
             try:
                 known = [a.dest for a in parser._actions]
                 args = vars(parser.parse_args(fold(sys.argv[1:], known, aliases)))
                 f(**{k: v for k, v in args.items() if k not in ("pdb", "xtra")})
-            except InputError as e: sys.exit(_say(f"{f.__name__}: {e}"))
+            except ValueError as e:
+                from blip3o_nb.core import InputError
+                if not isinstance(e, InputError): raise
+                sys.exit(_say(f"{f.__name__}: {e}"))
             except KeyboardInterrupt: sys.exit(_say("stopped; what is complete is kept: the same command, without --fresh, goes on from there", 130))
         return run
     return wrap

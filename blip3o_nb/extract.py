@@ -70,7 +70,31 @@ def _batches(runs, at, bs):
     "Items for `Pixels`: the runs of keys in slices of `bs`"
     return [(n, [at[k] for k in ks[i:i + bs]]) for n, ks in runs.items() for i in range(0, len(ks), bs)]
 
-# %% ../nbs/04_extract.ipynb #459172ff
+# %% ../nbs/04_extract.ipynb #ffc81305
+def _both(clip, eva, px, dtype):
+    "Tokens of both encoders, `[B, N, D]` each, on the CPU"
+    small = (lambda x: x) if dtype == "int8" else (lambda x: x.to(DTYPES[dtype])) # rounded where they are, so that half the bytes travel
+    return [small(e.tokens(p.to(e.device, non_blocking=True))).cpu() for e, p in zip((clip, eva), (px[0], px[-1]))]
+
+def _store(w, about, *tokens) -> bool: # whether any could be stored
+    "Hand a batch to the writer, but for pictures whose tokens are not finite"
+    fine = torch.stack([x.isfinite().flatten(1).all(1) for x in tokens]).all(0)
+    for (key, *_), f in zip(about, fine):
+        if not f: w.skip(key, f"its tokens are not finite in {w.dtype}")
+    if not fine.any(): return False
+    keys, captions, hashes = map(list, zip(*[a for a, f in zip(about, fine) if f]))
+    w.add_batch(keys, *(tokens if fine.all() else [x[fine] for x in tokens]), captions, hashes)
+    return True
+
+def _same_pictures(w, source, at, n=4):
+    "Raise `InputError` where a key that is stored belongs to another picture now"
+    known = [k for k, h in w.known.items() if h and k in at]
+    for k in known[::max(1, len(known)//n)]:
+        try: h = source[at[k]].image_hash
+        except Unreadable: continue
+        if h != w.known[k]: raise InputError(f"{w.folder} holds features of another picture under the key '{k}' than {source.path} has: use another folder")
+
+# %% ../nbs/04_extract.ipynb #61cc26d4
 def extract(
     images,                # what `read_images` takes: folder of pictures, WebDataset tars, a `datasets` dataset; or an `ImageSource`
     folder:str|Path,       # of the shards; one that holds some with the same contract is gone on with
@@ -109,26 +133,3 @@ def extract(
         if not w.done and (mine or world == 1): raise InputError(f"no picture in {source.path} can be read ({len(bad)} skipped{''.join(f', first {k}: {v}' for k, v in list(bad.items())[:1])}): check the files")
         if bad and len(w.done) > at_first and not rank: print(f"{folder.name}: {len(bad)} pictures skipped, listed in skipped.json")
     return FeatureDataset(folder)
-
-def _both(clip, eva, px, dtype):
-    "Tokens of both encoders, `[B, N, D]` each, on the CPU"
-    small = (lambda x: x) if dtype == "int8" else (lambda x: x.to(DTYPES[dtype])) # rounded where they are, so that half the bytes travel
-    return [small(e.tokens(p.to(e.device, non_blocking=True))).cpu() for e, p in zip((clip, eva), (px[0], px[-1]))]
-
-def _store(w, about, *tokens) -> bool: # whether any could be stored
-    "Hand a batch to the writer, but for pictures whose tokens are not finite"
-    fine = torch.stack([x.isfinite().flatten(1).all(1) for x in tokens]).all(0)
-    for (key, *_), f in zip(about, fine):
-        if not f: w.skip(key, f"its tokens are not finite in {w.dtype}")
-    if not fine.any(): return False
-    keys, captions, hashes = map(list, zip(*[a for a, f in zip(about, fine) if f]))
-    w.add_batch(keys, *(tokens if fine.all() else [x[fine] for x in tokens]), captions, hashes)
-    return True
-
-def _same_pictures(w, source, at, n=4):
-    "Raise `InputError` where a key that is stored belongs to another picture now"
-    known = [k for k, h in w.known.items() if h and k in at]
-    for k in known[::max(1, len(known)//n)]:
-        try: h = source[at[k]].image_hash
-        except Unreadable: continue
-        if h != w.known[k]: raise InputError(f"{w.folder} holds features of another picture under the key '{k}' than {source.path} has: use another folder")

