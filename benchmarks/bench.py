@@ -9,7 +9,7 @@ from blip3o_nb.core import data_path, seed_everything
 from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig, forward_flops
 from blip3o_nb.encoders import load_encoder
 from blip3o_nb.images import read_images
-from blip3o_nb.learner import fast_dtype
+from blip3o_nb.optimisation import fast_dtype
 from blip3o_nb.losses import BLIP3oFlowMatchingLoss
 from blip3o_nb.paths import LinearPath
 from blip3o_nb.samplers import sample

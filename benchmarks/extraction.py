@@ -11,7 +11,7 @@ import numpy as np, torch, transformers
 from PIL import Image
 from blip3o_nb.encoders import load_encoder
 from blip3o_nb.extract import extract
-from blip3o_nb.learner import fast_dtype
+from blip3o_nb.optimisation import fast_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOWERS = { # vision towers of CLIP as published, and two small ones, the first of the shipped CLIP's size

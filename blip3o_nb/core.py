@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# %% ../nbs/00_core.ipynb #78b28000
+# %% ../nbs/00_core.ipynb #51994231
 class InputError(ValueError):
     "Bad input: one line that says what is wrong and what to do"
+    def __init__(self, line:str): super().__init__(line); self.line = line
+    def __str__(self): return self.line # fastai puts the names of callbacks into `args`
 
 # %% ../nbs/00_core.ipynb #7d4b8a32
 @dataclass(frozen=True)

@@ -93,16 +93,13 @@ class Normalizer(torch.nn.Module):
         if self.mode == "sphere": return self.std*z[..., :-1]/z[..., -1:].clamp_min(1e-3)
         return z if self.mode == "l2" else z*self.std + self.mean
 
-# %% ../nbs/02c_loading.ipynb #9756f570
+# %% ../nbs/02c_loading.ipynb #5e37593a
 def _fetch(fetchers, idxs): return tuple(f(torch.tensor(idxs)) for f in fetchers)
 def _floats(batch): return tuple(x.float() for x in batch)
-def _share_of(dl, total, rank, world):
-    "Positions that this process sees in an epoch"
-    idxs = list(range(total))
-    return (dl.shuffle_fn(idxs) if dl.shuffle else idxs)[rank::world][:dl.n]
 
 def task_loaders(
     splits:tuple,       # training and held-out samples: two things with a length
+    keys:tuple,         # of the samples of each
     fetch:tuple,        # for each of them, what turns positions into a batch
     task:Task, contract:dict,
     stats,              # column -> `FeatureStats` of the training split; called when they are first asked for
@@ -113,29 +110,39 @@ def task_loaders(
     "The loaders of a task over any samples; raises `InputError` for a split that is too small"
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
-    (rank, world), (train, valid), loaders = ranks(), splits, []
+    (rank, world), (train, valid) = ranks(), splits
     if len(train) < bs*world: raise InputError(f"{where} has {len(train)} training samples, fewer than one batch of {bs}{f' for each of {world} processes' if world > 1 else ''}: lower bs or add samples")
     if not len(valid): raise InputError(f"{where} has no held-out sample among {len(train)}: add samples or raise share")
     class TaskLoader(DataLoader):
-        def get_idxs(self): return _share_of(self, len(self.dataset), rank, world)
-    for ds, f in zip(splits, fetch):
+        epoch, start = -1, 0 # of the order; batches of the epoch that are passed over, for a run that goes on in the middle of one
+        def randomize(self): self.epoch += 1
+        def order(self):
+            "Samples of this process in the epoch: a function of the seed and the epoch alone"
+            idxs = list(range(len(self.dataset)))
+            return (random.Random(f"{seed}/{self.epoch}").sample(idxs, len(idxs)) if self.shuffle else idxs)[rank::world][:self.n]
+        def get_idxs(self): return self.order()[self.start*self.bs:]
+        def places(self, i):
+            "Where the samples of batch `i` stand in the epoch of all processes together"
+            return range((self.start + i)*self.bs*world + rank, self.n*world, world)[:self.bs]
+        def batch_keys(self, i):
+            "Keys of batch `i` of the epoch"
+            return [keys[self.dataset is valid][p] for p in self.order()[(self.start + i)*self.bs:][:self.bs]]
+    def loader(ds, f):
         n = len(ds)//world if ds is train else len(range(rank, len(ds), world))
-        dl = TaskLoader(ds, bs=bs, shuffle=ds is train, drop_last=ds is train, num_workers=num_workers, n=n, pin_memory=device.type == "cuda",
-                        create_item=noop, retain=noop, create_batch=f, after_batch=after)
-        loaders.append(dl)
-    loaders[0].rng = random.Random(seed)
+        return TaskLoader(ds, bs=bs, shuffle=ds is train, drop_last=ds is train, num_workers=num_workers, n=n, pin_memory=device.type == "cuda",
+                          create_item=noop, retain=noop, create_batch=f, after_batch=after)
     class TaskLoaders(DataLoaders):
         @cached_property
         def target_stats(self): return stats(task.target)
         @cached_property
         def cond_stats(self): return stats(task.cond)
-    dls = TaskLoaders(*loaders, device=device)
+    dls = TaskLoaders(*map(loader, splits, fetch), device=device)
     dls.task, dls.contract = task, contract
     return dls
 
 def default_device(device=None) -> torch.device: return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-# %% ../nbs/02c_loading.ipynb #8e1da720
+# %% ../nbs/02c_loading.ipynb #d4022c3f
 def feature_dls(
     folder:str|Path,                # a set of shards
     task:str|Task="clip_generation",# decides which column is the target and which the conditioning
@@ -152,5 +159,5 @@ def feature_dls(
     splits, columns = (FeatureDataset(folder, "train", share, max_samples), FeatureDataset(folder, "held_out", share)), {task.cond, task.target}
     if in_memory is None: in_memory = sum(splits[0].shape(n).numel() for n in columns)*4*sum(map(len, splits)) < 2e9
     get = [{n: ds.column(n).__getitem__ if in_memory else partial(ds.stored, n) for n in columns} for ds in splits]
-    return task_loaders(splits, tuple(partial(_fetch, (g[task.cond], g[task.target])) for g in get), task, splits[0].contract, splits[0].stats,
+    return task_loaders(splits, tuple(ds.keys for ds in splits), tuple(partial(_fetch, (g[task.cond], g[task.target])) for g in get), task, splits[0].contract, splits[0].stats,
                         bs, seed, num_workers, default_device(device), str(folder), tuple if stored else _floats)

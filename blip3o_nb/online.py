@@ -15,7 +15,7 @@ from .extract import Pixels, checked
 from .images import read_images
 from .loading import FeatureStats, task_loaders
 
-# %% ../nbs/04b_online.ipynb #c8d265c1
+# %% ../nbs/04b_online.ipynb #052acb6e
 def _tokens(encoders, task, skipped, batch):
     "Pixels to `(cond, target)`, `[B, N, D]` float32"
     _, about, bad, px = checked(batch)
@@ -53,7 +53,8 @@ def online_dls(
         made = [FeatureStats.of(encoders[name].tokens((px[0] if name == "clip" else px[-1]).to(device)).cpu()) for *_, px in map(checked, batches) if px]
         if not made: raise InputError(f"none of {len(some)} pictures of {source.path} can be read: check the files")
         return sum(made, FeatureStats())
-    dls = task_loaders(splits, tuple(partial(_decode, pixels, s) for s in splits), task, {"clip": clip.contract, "eva": eva.contract}, stats,
+    keys = tuple([source.keys[i] for i in s] for s in splits)
+    dls = task_loaders(splits, keys, tuple(partial(_decode, pixels, s) for s in splits), task, {"clip": clip.contract, "eva": eva.contract}, stats,
                        bs, seed, num_workers, device, str(source.path), after)
     dls.skipped = skipped
     return dls
