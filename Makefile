@@ -31,6 +31,7 @@ bench: $(STAMP)      ## speed of this machine and of this library on it
 	$(PY) benchmarks/bench.py
 	$(PY) benchmarks/loading.py
 	$(PY) benchmarks/extraction.py
+	$(PY) benchmarks/training.py
 
 lock: ## tested versions, from settings.ini
 	$(PYTHON) -m venv $(VENV) && $(PY) -m pip install --quiet uv

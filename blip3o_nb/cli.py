@@ -6,15 +6,16 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/cli.html.md"""
 
 # %% auto #0
 __all__ = ['fold', 'command', 'check_folder', 'check_same', 'train_step', 'check_options', 'blip3o_demo', 'clear',
-           'blip3o_extract', 'blip3o_convert', 'blip3o_download']
+           'blip3o_extract', 'blip3o_train', 'blip3o_convert', 'blip3o_download']
 
-# %% ../nbs/16_cli.ipynb #d9a50013
-import difflib, functools, os, shutil, sys, time
+# %% ../nbs/16_cli.ipynb #5d85699e
+import difflib, functools, os, shutil, sys
+from argparse import SUPPRESS
 from pathlib import Path
-from types import SimpleNamespace
 from fastcore.script import anno_parser
+from .recipes import TrainingConfig, config_text, make_config, read_config
 
-# %% ../nbs/16_cli.ipynb #0b16586d
+# %% ../nbs/16_cli.ipynb #b61fca0b
 def fold(
     argv:list,     # as the shell gives them
     options:list,  # names that the program has, with underscores
@@ -38,6 +39,7 @@ def fold(
 
 def command(
     pos:tuple=(),  # parameters that are given without their name
+    spec=None,     # dataclass whose fields are options too; the function gets those that were given
     **aliases      # as `fold` takes them
 ):
     "Make a console program of a function: bad input is one line on stderr and exit code 2"
@@ -46,6 +48,8 @@ def command(
         def run(*args, **kwargs):
             if args or kwargs or Path(sys.argv[0]).stem != f.__name__: return f(*args, **kwargs)
             parser = anno_parser(f, prog=f.__name__, pos=list(pos))
+            for a in anno_parser(spec)._actions if spec else ():
+                if a.dest not in ("help", "pdb", "xtra"): a.default = SUPPRESS; parser._add_action(a)
             def fail(message):
                 from blip3o_nb.core import InputError # torch, which --help does not wait for
                 raise InputError(f"{message} (--help lists all options)")
@@ -80,7 +84,7 @@ def check_folder(
     except OSError as e: raise InputError(f"cannot write to {out}: {e.strerror}; choose another folder with --out") from e
     return out
 
-# %% ../nbs/16_cli.ipynb #7dad1d6d
+# %% ../nbs/16_cli.ipynb #90e6dfaa
 def check_same(
     folder:Path, # of a complete checkpoint
     task:str,
@@ -101,22 +105,10 @@ def train_step(
     objective:str="flow", progress:bool=True
 ):
     "Train a network of a preset's size and store it"
-    from blip3o_nb.core import seed_everything
-    from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
-    from blip3o_nb.inference import save_checkpoint
-    from blip3o_nb.learner import flow_learner
-    from blip3o_nb.loading import feature_dls
-    o = SimpleNamespace(**options)
-    dls = feature_dls(features, task, bs=o.bs, seed=o.seed)
-    (n, d), (m, c) = dls.target_stats.mean.shape, dls.cond_stats.mean.shape
-    widths = {f"{dls.task.cond}_embedding_size": c, f"{dls.task.target}_embedding_size": d}
-    if dls.task.target_norm == "l2": widths["feature_scale"] = d**.5
-    seed_everything(o.seed)
-    model = BLIP3oDiT(BLIP3oDiTConfig.from_preset(o.size, task=task, num_tokens=n, cond_tokens=m, prediction_type=o.prediction_type, **widths))
-    learn = flow_learner(dls, model, lr=o.lr, seed=o.seed, cls_weight=o.cls_weight, objective=objective, progress=progress)
-    start = time.time()
-    learn.fit_one_cycle(o.epochs, pct_start=.1)
-    save_checkpoint(learn, folder, **options, steps_trained=learn.train_iter, seconds=round(time.time() - start), record=learn.record)
+    from blip3o_nb.training import train
+    names = dict(size="model_size", bs="batch_size", epochs="num_epochs", lr="learning_rate")
+    given = {names.get(k, k): v for k, v in options.items() if k not in ("source", "limit")}
+    train(make_config("demo", embeddings_dir=str(features), output_dir=str(folder), task=task, objective=objective, eval_samples=0, **given), progress, **{k: v for k, v in options.items() if k not in names and k not in given})
 
 # %% ../nbs/16_cli.ipynb #440a232f
 def check_options(
@@ -227,6 +219,27 @@ def blip3o_extract(
     if ranks()[0]: return
     print(f"{len(ds):,} samples in {out}: clip {list(ds.shape('clip'))}, eva {list(ds.shape('eva'))}, {stage}, {layout}, {dtype}")
     if not all(e.pools_exactly for e in encoders): print("image embeddings of these tokens will be means of patches, which find captions far less well; --layout cls_patch keeps the CLS token")
+
+# %% ../nbs/16_cli.ipynb #dd5346da
+@command(spec=TrainingConfig, chunked_embeddings_dir="embeddings_dir", embeddings_path="embeddings_dir", task_mode="task", max_training_shards="max_shards", model_dim="hidden_size",
+         num_layers="num_hidden_layers", num_heads="num_attention_heads", layout="training_mode", schedule_type="noise_schedule", lr="learning_rate", epochs="num_epochs", bs="batch_size",
+         fp16="precision=fp16", bf16="precision=bf16", debug="debug_mode", overfitting_test="overfit_test_size=64", enable_detailed_eval="eval_samples=512", enable_same_data_eval="same_data_eval",
+         wd="weight_decay", out="output_dir")
+def blip3o_train(
+    config:str="",           # TOML file of options, as --print-config writes it or a run leaves it
+    print_config:bool=False, # show all options with their values and stop
+    **options
+):
+    "Train a flow on stored features, go on where a training was stopped, and judge it by generation as it goes"
+    config = make_config(**{**(read_config(config) if config else {}), **options})
+    if print_config: print(config_text(config), end=""); return
+    from blip3o_nb.core import ranks
+    from blip3o_nb.training import train
+    learn = train(config)
+    if ranks()[0]: return
+    r, out = learn.record, Path(config.output_dir)
+    if r.get("gen_step"): print(f"{config.eval_samples} held-out pictures, generated: cosine {r['gen_cosine'][-1]:.3f}, centred on the training mean {r['gen_centred'][-1]:.3f}")
+    print(f"The trained flow is {out}, its configuration {out/'config.toml'}, its result {out/'result.json'}.")
 
 # %% ../nbs/16_cli.ipynb #4d1d3364
 @command(pos=("src", "dst"), output_dir="dst", embeddings_path="src")

@@ -7,19 +7,19 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/inference.html.md"""
 # %% auto #0
 __all__ = ['Pipeline', 'save_checkpoint', 'nearest']
 
-# %% ../nbs/13_inference.ipynb #824279da
+# %% ../nbs/13_inference.ipynb #df394efe
 from pathlib import Path
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from .core import InputError, Task, atomic_path, get_task, read_json, write_json
+from .core import HELD_OUT, InputError, Task, atomic_path, get_task, read_json, write_json
 from .dit import BLIP3oDiT
 from .paths import make_path, path_dict
 from .samplers import sample
 from .loading import Normalizer
 
-# %% ../nbs/13_inference.ipynb #8fc2c233
+# %% ../nbs/13_inference.ipynb #7bf3ec56
 class Pipeline:
     "Generate target tokens from conditioning tokens or pictures"
     def __init__(self,
@@ -29,11 +29,12 @@ class Pipeline:
         path=None,              # default: the task's
         objective:str="flow",   # "regression": one evaluation at `xt = 0`, `t = 0`
         method:str="euler", steps:int=4, # solver and number of its steps
-        training:dict|None=None # what is known of the training run
+        training:dict|None=None,# what is known of the training run
+        held_out:float=HELD_OUT # share of the keys that it never saw
     ):
         self.model, self.task, self.contract = model.eval(), get_task(task), contract
         self.target_norm, self.cond_norm, self.path = target_norm, cond_norm, path or make_path(self.task.path)
-        self.objective, self.method, self.steps, self.training = objective, method, steps, training or {}
+        self.objective, self.method, self.steps, self.training, self.held_out = objective, method, steps, training or {}, held_out
         self.encoders = {}
 
     @property
@@ -75,14 +76,14 @@ class Pipeline:
             raise InputError(f"conditioning is {list(x.shape)}, the model takes [B, {want[0]}, {want[1]}]: extract it with the encoder '{self.contract[self.task.cond].get('model')}'")
         return x.float()
 
-# %% ../nbs/13_inference.ipynb #0a89e502
+# %% ../nbs/13_inference.ipynb #1d5a76df
 @patch(cls_method=True)
 def from_learner(cls:Pipeline, learn, **kw) -> Pipeline:
     "Of the averaged weights of a `flow_learner`; options as in `Pipeline`"
     return cls(learn.ema_model.module, learn.dls.task, learn.flow.target_norm, learn.flow.cond_norm, learn.dls.contract,
-               path=learn.flow.path, objective=learn.objective, **kw)
+               path=learn.flow.path, objective=learn.objective, held_out=learn.dls.share, **kw)
 
-# %% ../nbs/13_inference.ipynb #16500450
+# %% ../nbs/13_inference.ipynb #881e1f88
 def save_checkpoint(
     learn,               # from `flow_learner`, after training
     folder:str|Path,
@@ -98,10 +99,10 @@ def save_checkpoint(
         save_file({f"{k}.{n}": v.cpu().contiguous() for k, m in norms.items() for n, v in m.state_dict().items()}, tmp)
     write_json(folder/"flow.json", dict(format=1, task=learn.dls.task.name, objective=learn.objective, path=path_dict(learn.flow.path),
         target_norm=norms["target"].mode, cond_norm=norms["cond"].mode, target_shape=list(norms["target"].shape),
-        cond_shape=list(norms["cond"].shape), method=method, steps=steps, contract=learn.dls.contract, training=training))
+        cond_shape=list(norms["cond"].shape), method=method, steps=steps, held_out=learn.dls.share, contract=learn.dls.contract, training=training))
     return folder
 
-# %% ../nbs/13_inference.ipynb #ff0aaedd
+# %% ../nbs/13_inference.ipynb #eb2d2e8d
 @patch(cls_method=True)
 def from_pretrained(cls:Pipeline,
     folder:str|Path,     # as `save_checkpoint` left it
@@ -120,7 +121,7 @@ def from_pretrained(cls:Pipeline,
         norms[-1].load_state_dict({n.removeprefix(f"{k}."): v for n, v in state.items() if n.startswith(f"{k}.")})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return cls(BLIP3oDiT.from_pretrained(folder).to(device), f["task"], *[n.to(device) for n in norms], f["contract"],
-               path=make_path(**f["path"]), objective=f["objective"], method=f["method"], steps=f["steps"], training=f["training"])
+               path=make_path(**f["path"]), objective=f["objective"], method=f["method"], steps=f["steps"], training=f["training"], held_out=f.get("held_out", HELD_OUT))
 
 # %% ../nbs/13_inference.ipynb #853dcb86
 @patch

@@ -8,7 +8,7 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/learner.html.md"""
 __all__ = ['FlowCallback', 'ConditioningDropout', 'RegressionCallback', 'NaNGuard', 'RecordCallback', 'ProgressBar',
            'flow_learner', 'noise_size', 'check_learner']
 
-# %% ../nbs/12_learner.ipynb #059316fc
+# %% ../nbs/12_learner.ipynb #98db13f6
 import hashlib
 from functools import partial
 import torch
@@ -18,6 +18,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
+from fastcore.foundation import L
 from fastai.optimizer import OptimWrapper
 from tqdm.auto import tqdm
 from .core import InputError, Task, get_task
@@ -132,7 +133,7 @@ class ProgressBar(Callback):
     def after_fit(self):
         if self.bar is not None: self.bar.close(); self.bar = None
 
-# %% ../nbs/12_learner.ipynb #496f0642
+# %% ../nbs/12_learner.ipynb #ed7c6877
 def flow_learner(
     dls:DataLoaders,        # from `feature_dls`: batches `(cond, target)`
     model:BLIP3oDiT,        # its `prediction_type` decides what it answers
@@ -169,7 +170,7 @@ def flow_learner(
     opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=betas, eps=1e-8, fused=True))
     learn = Learner(dls, model, loss_func=loss, opt_func=opt, lr=lr, wd=wd, splitter=decay_groups, moms=(betas[0],)*3,
                     cbs=[flow, RecordCallback(), EMACallback(ema), PrecisionCallback(precision), ClipCallback(clip), NaNGuard(), DecayMatricesOnly(), ProgressBar(objective, progress),
-                         *([ConditioningDropout(drop)] if drop else []), *([GradientAccumulation(accumulate*dls.bs)] if accumulate > 1 else []), *cbs])
+                         *([ConditioningDropout(drop)] if drop else []), *([GradientAccumulation(accumulate*dls.bs)] if accumulate > 1 else []), *L(cbs)])
     learn.remove_cb(ProgressCallback); learn.objective = objective
     learn.logger = lambda *a, **k: None
     return learn

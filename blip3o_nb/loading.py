@@ -93,7 +93,7 @@ class Normalizer(torch.nn.Module):
         if self.mode == "sphere": return self.std*z[..., :-1]/z[..., -1:].clamp_min(1e-3)
         return z if self.mode == "l2" else z*self.std + self.mean
 
-# %% ../nbs/02c_loading.ipynb #5e37593a
+# %% ../nbs/02c_loading.ipynb #063f61c9
 def _fetch(fetchers, idxs): return tuple(f(torch.tensor(idxs)) for f in fetchers)
 def _floats(batch): return tuple(x.float() for x in batch)
 
@@ -105,6 +105,8 @@ def task_loaders(
     stats,              # column -> `FeatureStats` of the training split; called when they are first asked for
     bs:int, seed:int, num_workers:int, device:torch.device,
     where:str,          # for messages
+    share:float=HELD_OUT, # of the held-out keys, which a checkpoint remembers
+    repeat:int=1,       # passes over the training samples in an epoch
     after=_floats       # batch on the device -> `(cond, target)`
 ): # what `feature_dls` returns
     "The loaders of a task over any samples; raises `InputError` for a split that is too small"
@@ -119,7 +121,8 @@ def task_loaders(
         def order(self):
             "Samples of this process in the epoch: a function of the seed and the epoch alone"
             idxs = list(range(len(self.dataset)))
-            return (random.Random(f"{seed}/{self.epoch}").sample(idxs, len(idxs)) if self.shuffle else idxs)[rank::world][:self.n]
+            if self.shuffle: idxs = [i for k in range(repeat) for i in random.Random(f"{seed}/{self.epoch}/{k}").sample(idxs, len(idxs))]
+            return idxs[rank::world][:self.n]
         def get_idxs(self): return self.order()[self.start*self.bs:]
         def places(self, i):
             "Where the samples of batch `i` stand in the epoch of all processes together"
@@ -128,7 +131,7 @@ def task_loaders(
             "Keys of batch `i` of the epoch"
             return [keys[self.dataset is valid][p] for p in self.order()[(self.start + i)*self.bs:][:self.bs]]
     def loader(ds, f):
-        n = len(ds)//world if ds is train else len(range(rank, len(ds), world))
+        n = len(ds)*repeat//world if ds is train else len(range(rank, len(ds), world))
         return TaskLoader(ds, bs=bs, shuffle=ds is train, drop_last=ds is train, num_workers=num_workers, n=n, pin_memory=device.type == "cuda",
                           create_item=noop, retain=noop, create_batch=f, after_batch=after)
     class TaskLoaders(DataLoaders):
@@ -137,12 +140,12 @@ def task_loaders(
         @cached_property
         def cond_stats(self): return stats(task.cond)
     dls = TaskLoaders(*map(loader, splits, fetch), device=device)
-    dls.task, dls.contract = task, contract
+    dls.task, dls.contract, dls.share = task, contract, share
     return dls
 
 def default_device(device=None) -> torch.device: return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-# %% ../nbs/02c_loading.ipynb #d4022c3f
+# %% ../nbs/02c_loading.ipynb #94785b19
 def feature_dls(
     folder:str|Path,                # a set of shards
     task:str|Task="clip_generation",# decides which column is the target and which the conditioning
@@ -151,13 +154,15 @@ def feature_dls(
     share:float=HELD_OUT,           # share of the keys that is held out for validation
     device=None,                    # default: CUDA where there is one
     max_samples:int|None=None,      # train on the first so many; the held-out split stays whole
+    max_held_out:int|None=None,     # take the loss of the first so many held-out ones only
+    repeat:int=1,                   # passes over the training samples in an epoch, where they are few
     in_memory:bool|None=None,       # default: where both columns take less than 2 GB as float32
     stored:bool=False               # batches in the dtype of the files, for a loop that converts by itself; only where they are not held in memory
 ): # a fastai `DataLoaders` with `.task`, `.target_stats`, `.cond_stats` (of the training split, read when first asked for) and `.contract`
     "Batches `(cond, target)` `[B, N, D]` float32, not normalised; raises `InputError` for a split that is too small"
     task = get_task(task)
-    splits, columns = (FeatureDataset(folder, "train", share, max_samples), FeatureDataset(folder, "held_out", share)), {task.cond, task.target}
+    splits, columns = (FeatureDataset(folder, "train", share, max_samples), FeatureDataset(folder, "held_out", share, max_held_out)), {task.cond, task.target}
     if in_memory is None: in_memory = sum(splits[0].shape(n).numel() for n in columns)*4*sum(map(len, splits)) < 2e9
     get = [{n: ds.column(n).__getitem__ if in_memory else partial(ds.stored, n) for n in columns} for ds in splits]
     return task_loaders(splits, tuple(ds.keys for ds in splits), tuple(partial(_fetch, (g[task.cond], g[task.target])) for g in get), task, splits[0].contract, splits[0].stats,
-                        bs, seed, num_workers, default_device(device), str(folder), tuple if stored else _floats)
+                        bs, seed, num_workers, default_device(device), str(folder), share, repeat, tuple if stored else _floats)

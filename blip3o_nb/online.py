@@ -15,7 +15,7 @@ from .extract import Pixels, checked
 from .images import read_images
 from .loading import FeatureStats, task_loaders
 
-# %% ../nbs/04b_online.ipynb #052acb6e
+# %% ../nbs/04b_online.ipynb #2eef1e5d
 def _tokens(encoders, task, skipped, batch):
     "Pixels to `(cond, target)`, `[B, N, D]` float32"
     _, about, bad, px = checked(batch)
@@ -55,6 +55,6 @@ def online_dls(
         return sum(made, FeatureStats())
     keys = tuple([source.keys[i] for i in s] for s in splits)
     dls = task_loaders(splits, keys, tuple(partial(_decode, pixels, s) for s in splits), task, {"clip": clip.contract, "eva": eva.contract}, stats,
-                       bs, seed, num_workers, device, str(source.path), after)
+                       bs, seed, num_workers, device, str(source.path), share, after=after)
     dls.skipped = skipped
     return dls

@@ -1,0 +1,68 @@
+"""A training that is killed, and killed again, ends with the weights of one that was left alone."""
+import os, random, signal, traceback
+from pathlib import Path
+import pytest, torch
+from blip3o_nb.core import toy_features
+from blip3o_nb.recipes import make_config
+from blip3o_nb.shards import ShardWriter
+
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, learning_rate=3e-3, num_epochs=3, batch_size=16, gradient_accumulation_steps=2,
+             checkpoint_every=7, eval_samples=16, cond_dropout=.1, monitor_every=5)
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    folder, toy = tmp_path_factory.mktemp("training")/"features", toy_features(400)
+    with ShardWriter(folder, {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}, dtype="fp32") as w:
+        w.add_batch(toy["keys"], toy["clip"], toy["eva"], toy["captions"], [""]*400)
+    return folder
+
+def in_child(features, out, kill=None):
+    "Train in a process of its own, which may kill itself; how it ended"
+    from fastai.callback.core import Callback
+    from blip3o_nb.training import train
+    class Kill(Callback):
+        order = 99
+        def die(self, when, at): # the `at`-th time that this happens
+            if kill and kill[0] == when and at == kill[1]: os.kill(os.getpid(), signal.SIGKILL)
+        def before_step(self): self.die("before a step", self.train_iter)
+        def after_batch(self): self.die("after a batch" if self.training else "in validation", self.train_iter if self.training else self.epoch)
+    pid = os.fork()
+    if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        torch.set_num_threads(1)
+        if kill and kill[0] == "in a write":
+            save = torch.save
+            def half(state, path, n=[0]): # a file that is cut short
+                save(state, path); n[0] += 1
+                if n[0] == kill[1]: os.truncate(path, 5000); os.kill(os.getpid(), signal.SIGKILL)
+            torch.save = half
+        train(make_config(embeddings_dir=str(features), output_dir=str(out), **SMALL), progress=False, cbs=[Kill()])
+        os._exit(0)
+    except BaseException: traceback.print_exc(); os._exit(1)
+
+def last(out): return torch.load(sorted((out/"states").glob("*.pt"))[-1], weights_only=True)
+
+def same(a, b, at="state"):
+    "Assert that two nested states are equal to the last bit"
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), at
+        for k in a: same(a[k], b[k], f"{at}.{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), at
+        for i, (x, y) in enumerate(zip(a, b)): same(x, y, f"{at}[{i}]")
+    elif torch.is_tensor(a): assert torch.equal(a, b), f"{at} differs by {(a - b).abs().max():.1e}"
+    else: assert a == b or a != a, f"{at}: {a} and {b}"
+
+def test_killed_training_ends_with_the_same_bits(features, tmp_path):
+    rng = random.Random(0)
+    assert in_child(features, tmp_path/"alone") == 0
+    done = last(tmp_path/"alone")
+    steps = done["at"]["train_iter"]
+    kills = [("before a step", rng.randrange(1, steps//2)*2 - 1), ("after a batch", rng.randrange(steps//2, steps)), ("in a write", 2), ("in validation", 1), ("in validation", 2)]
+    for kill in kills: assert in_child(features, tmp_path/"killed", kill) in (-signal.SIGKILL, 0), kill
+    assert in_child(features, tmp_path/"killed") == 0
+    same({k: v for k, v in last(tmp_path/"killed").items() if k != "record"}, {k: v for k, v in done.items() if k != "record"})
+    for k in ("step", "loss", "valid_loss", "gen_centred"): assert last(tmp_path/"killed")["record"][k] == done["record"][k], k
+    a, b = ((tmp_path/n/"model.safetensors").read_bytes() for n in ("alone", "killed"))
+    assert a == b
+    assert not list(tmp_path.rglob("*.tmp")) or len(list(tmp_path.rglob("*.tmp"))) <= 1 # the file that was being written
