@@ -239,7 +239,7 @@ def facts_of(pipe:Pipeline, train:FeatureDataset, held:FeatureDataset, leaks:dic
             "split": f"by key: {leaks['key family'][0]} and {leaks['key family'][1]} families of near-duplicates, no family and no image in both",
             "sampler": f"{pipe.method}, {pipe.steps} steps", **{k: v for k, v in pipe.training.items() if k != "record"}}
 
-# %% ../nbs/14_evaluate.ipynb #baa05846
+# %% ../nbs/14_evaluate.ipynb #459a730c
 SOLVERS = [("euler", 1), ("euler", 2), ("euler", 4), ("euler", 8), ("heun", 2), ("heun", 4)] # and number of steps
 
 def evaluate(
@@ -251,8 +251,9 @@ def evaluate(
     seed:int=0, progress:bool=True
 ) -> Report:
     "Score a checkpoint between floor and ceiling on held-out images; raises `InputError` for features of other encoders or leaked splits"
-    train, held = FeatureDataset(embeddings_dir, "train"), FeatureDataset(embeddings_dir, "held_out")
-    leaks, pipe = leak_check(train, held), Pipeline.from_pretrained(checkpoint)
+    pipe = Pipeline.from_pretrained(checkpoint)
+    train, held = (FeatureDataset(embeddings_dir, side, pipe.held_out) for side in ("train", "held_out"))
+    leaks = leak_check(train, held)
     check_contract(pipe, held)
     t, c = pipe.task.target, pipe.task.cond
     unit = (lambda x: F.normalize(x, dim=-1)) if pipe.target_norm.mode == "l2" else (lambda x: x) # such a task generates directions

@@ -75,7 +75,7 @@ class MonitorCallback(Callback):
     order, run_valid = 10.5, False # after `PrecisionCallback`, before `ClipCallback`
     def __init__(self,
         every:int=10,     # steps
-        probe_every:int=5,# rows
+        probe_every:int=10,# rows
         images:int=16     # that `probe` takes, at least 2
     ):
         if min(every, probe_every) < 1 or images < 2: raise InputError(f"every is {every}, probe_every {probe_every}, images {images}: choose at least 1, 1 and 2")

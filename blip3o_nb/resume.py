@@ -7,14 +7,14 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/resume.html.md"""
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'CheckpointCallback']
 
-# %% ../nbs/13c_resume.ipynb #50fd0c65
+# %% ../nbs/13c_resume.ipynb #5fe7a93d
 import random, warnings
 from pathlib import Path
 import numpy as np
 import torch
+from .distributed import everyone, full_state, load_full_state, together
 from fastai.callback.core import Callback, CancelEpochException
 from .core import InputError, atomic_path, ranks
-from .distributed import everyone, full_state, load_full_state, together
 
 # %% ../nbs/13c_resume.ipynb #7ba2891f
 def rng_state() -> dict:

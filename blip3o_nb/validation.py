@@ -7,13 +7,13 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/validation.html.md"""
 # %% auto #0
 __all__ = ['QUALITY', 'fixed_samples', 'quality_band', 'GenerationCallback']
 
-# %% ../nbs/13b_validation.ipynb #fb988156
+# %% ../nbs/13b_validation.ipynb #6bc6214d
 from pathlib import Path
 import torch
+from .distributed import together, whole_average
 from fastai.callback.core import Callback
 from fastai.torch_core import to_device
 from .core import Task, ranks
-from .distributed import together, whole_average
 from .inference import Pipeline, save_checkpoint
 from .metrics import patch_cosine
 
@@ -36,7 +36,7 @@ def quality_band(
     "The band that earlier work gives a cosine"
     return max((low, name) for name, low in {"poor": -2., **QUALITY[task.target]}.items() if cosine >= low)[1]
 
-# %% ../nbs/13b_validation.ipynb #a0312526
+# %% ../nbs/13b_validation.ipynb #a498d2cc
 class GenerationCallback(Callback):
     "Generate at the end of an epoch, add the cosines to `learn.record`, and store the weights that generate best"
     order = 40 # after the average of the weights is in its place
@@ -47,7 +47,7 @@ class GenerationCallback(Callback):
         best:Path|None=None, # folder for the best weights so far, in the form that `Pipeline` loads
         method:str="euler", steps:int=4, seed:int=0
     ): self.every, self.n, self.same_data, self.best, self.how = every, n, same_data, best, dict(method=method, steps=steps, seed=seed)
-    def before_fit(self): self.record.update({"gen_step": [], "gen_cosine": [], "gen_centred": [], **({"gen_train_centred": []} if self.same_data else {})})
+    def before_fit(self): self.record.update({"gen_step": [], "gen_cosine": [], "gen_centred": [], **({"gen_train_cosine": [], "gen_train_centred": []} if self.same_data else {})})
     def after_validate(self):
         if (self.epoch + 1) % self.every and self.epoch + 1 < self.n_epoch: return
         with whole_average(self.learn): self.judge(Pipeline.from_learner(self.learn))
@@ -56,7 +56,8 @@ class GenerationCallback(Callback):
         mean = self.real(fixed_samples(self.dls.train, 4*self.n)[1]).mean(0)
         raw, centred = self.score(pipe, self.dls.valid, mean)
         r["gen_step"].append(self.train_iter); r["gen_cosine"].append(raw); r["gen_centred"].append(centred)
-        if self.same_data: r["gen_train_centred"].append(self.score(pipe, self.dls.train, mean)[1])
+        if self.same_data:
+            for k, v in zip(("gen_train_cosine", "gen_train_centred"), self.score(pipe, self.dls.train, mean)): r[k].append(v)
         with together():
             if self.best and centred > was and not ranks()[0]: save_checkpoint(self.learn, self.best, method=self.how["method"], steps=self.how["steps"], centred_cosine=centred, steps_trained=self.train_iter)
     def real(self, x): return self.flow.target_norm.decode(self.flow.target_norm.encode(x)).cpu() # without what the normalisation drops

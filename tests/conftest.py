@@ -1,5 +1,5 @@
 """Notebooks are started with the first test, so that both cores have work."""
-import os, subprocess, sys, threading
+import os, subprocess, sys, tempfile, threading, time
 from concurrent.futures import Future
 from pathlib import Path
 import pytest
@@ -7,17 +7,46 @@ import pytest
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count()//2))) # two processes at a time: more threads than cores wait for each other
 
-def run(path): return subprocess.run([Path(sys.executable).parent/"nbdev-test", path], cwd=ROOT, capture_output=True, text=True)
+SERVER = """
+import os, sys
+from nbdev.test import nbdev_test
+import torch, torchvision, fastai.learner, fastai.callback.schedule, open_clip, transformers, timm, seaborn, pandas # libraries that most notebooks load; nothing of this package
+for line in sys.stdin:
+    path, out = line.rstrip().split(chr(9))
+    if not (pid := os.fork()):
+        os.dup2(f := os.open(out, os.O_WRONLY), 1); os.dup2(f, 2)
+        nbdev_test(path); sys.stdout.flush(); os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+class Server:
+    "Runs notebooks through nbdev one after the other, each in a fork of a process that has imported the large libraries: a notebook saves their ten seconds"
+    seconds = {} # of each notebook
+    def __init__(self): self.process = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    def run(self, path):
+        with tempfile.NamedTemporaryFile("r") as out:
+            start = time.time()
+            self.process.stdin.write(f"{path}\t{out.name}\n"); self.process.stdin.flush()
+            code = self.process.stdout.readline()
+            self.seconds[path] = time.time() - start
+            return int(code or 1), out.read()
+    def close(self): self.process.stdin.close(); self.process.wait()
+
+def pytest_terminal_summary(terminalreporter):
+    slow = sorted(Server.seconds, key=Server.seconds.get, reverse=True)[:12]
+    if slow: terminalreporter.write_line("slowest notebooks: " + ", ".join(f"{p.stem} {Server.seconds[p]:.0f} s" for p in slow))
 
 class Runs:
     "Notebooks that run beside the other tests, which keep one core busy, and two at a time when those are done"
     def __init__(self, paths): self.todo, self.done = list(paths), {p: Future() for p in paths} # taken from the end: the long ones come last in the book
     def start(self): threading.Thread(target=self.work, daemon=True).start(); return self
     def work(self):
+        server = Server() if self.todo else None
         while self.todo:
             path = self.todo.pop()
-            try: self.done[path].set_result(run(path))
+            try: self.done[path].set_result(server.run(path))
             except Exception as e: self.done[path].set_exception(e)
+        if server: server.close()
 
 @pytest.fixture(scope="session", autouse=True)
 def runs(request):

@@ -10,5 +10,5 @@ def second(runs): runs.start()
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[str(p.relative_to(NBS)) for p in NOTEBOOKS])
 def test_notebook(path, runs, second):
-    r = runs.done[path].result()
-    assert r.returncode == 0, r.stdout + r.stderr
+    code, said = runs.done[path].result()
+    assert code == 0, said
