@@ -190,6 +190,12 @@ def test_no_key_in_the_repository():
     found = [p.name for p in sorted(files) if keys_in(p.read_text(errors="ignore"))]
     assert not found, f"what looks like a key stands in {', '.join(found)}"
 
+def test_each_mutation_finds_its_place():
+    "Code that moves must not leave a mutation behind: each of them names a text that stands once in its module"
+    from mutations import MUTATIONS
+    lost = [m.words for m in MUTATIONS if (ROOT/"blip3o_nb"/m.module).read_text().count(m.old) != 1]
+    assert not lost, f"mutations.py looks for what is not there: {', '.join(lost)}"
+
 @pytest.mark.slow
 def test_every_bug_makes_its_test_fail(tmp_path):
     "Each mutation of mutations.py, in a copy of the package; writes nbs/experiments/mutations.csv"
