@@ -21,7 +21,6 @@ test: $(STAMP)       ## notebooks, modules, commands
 	$(PY) -m pytest $(TESTS)
 
 lab: $(STAMP)        ## the notebooks in JupyterLab
-	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet jupyterlab
 	$(VENV)/bin/jupyter lab nbs
 
 docs: $(STAMP)       ## the site, in _docs

@@ -9,16 +9,21 @@ ROOT = Path(__file__).parent
 
 def take_over(run):
     "Copy a run's report, and draw its gallery with four pictures"
+    import torch
     from blip3o_nb.core import data_path
-    from blip3o_nb.evaluate import for_gallery, text_side
-    from blip3o_nb.inference import Pipeline
+    from blip3o_nb.evaluate import text_side
+    from blip3o_nb.inference import Pipeline, nearest
+    from blip3o_nb.report import pictures_of
     from blip3o_nb.shards import FeatureDataset
     from blip3o_nb.viz import fig_to_png, gallery, use_style
     use_style()
     shutil.copy(run/"report.json", ROOT/"nbs/demo_report.json")
     pipe, held = Pipeline.from_pretrained(run/"checkpoint"), FeatureDataset(run/"features", "held_out")
-    shown = for_gallery(held, data_path("openclipart.tar.gz"), text_side(pipe, held), held.column("clip"), pipe(held.column("eva")), n=4)
-    (ROOT/"nbs/images/demo_gallery.png").write_bytes(fig_to_png(gallery(**shown)[0, 0]))
+    side, shown = text_side(pipe, held), pictures_of(held.keys, data_path("openclipart.tar.gz"), 4)
+    at = torch.tensor([held.position(k) for k in shown])
+    near = lambda tokens: [[side.names[j] for j in row] for row in nearest(pipe.pool(tokens), side.texts).tolist()]
+    made = torch.cat([pipe(held.rows("eva", i[None]), first=int(i)) for i in at])
+    (ROOT/"nbs/images/demo_gallery.png").write_bytes(fig_to_png(gallery(list(shown.values()), [held.captions[i] for i in at], near(held.rows("clip", at)), near(made))[0, 0]))
 
 def cell_markdown(c):
     if c.cell_type == "markdown": return [c.source]

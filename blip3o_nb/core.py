@@ -6,8 +6,8 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['TASKS', 'HELD_OUT', 'InputError', 'Task', 'get_task', 'Layout', 'layout_of', 'to_layout', 'expand_t', 'key_fraction',
-           'is_held_out', 'seed_everything', 'atomic_path', 'write_json', 'read_json', 'ranks', 'data_path',
-           'toy_features', 'Config']
+           'is_held_out', 'seed_everything', 'named_generator', 'atomic_path', 'write_json', 'read_json', 'ranks',
+           'data_path', 'toy_features', 'Config']
 
 # %% ../nbs/00_core.ipynb #01fbdc5a
 import hashlib, json, os, random, tempfile
@@ -119,6 +119,15 @@ def seed_everything(
     "Seed Python, NumPy and torch"
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
+
+# %% ../nbs/00_core.ipynb #c1f9cc0a
+def named_generator(
+    *name,       # what is drawn, and for what: numbers and words
+    device="cpu" # where it draws
+) -> torch.Generator:
+    "A generator that is a function of its name alone"
+    seed = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(seed) >> 1)
 
 # %% ../nbs/00_core.ipynb #9547fbd5
 @contextmanager

@@ -9,7 +9,6 @@ __all__ = ['FlowCallback', 'ConditioningDropout', 'RegressionCallback', 'NaNGuar
            'flow_learner', 'noise_size', 'check_learner']
 
 # %% ../nbs/12_learner.ipynb #98db13f6
-import hashlib
 from functools import partial
 import torch
 from .optimisation import ClipCallback, DecayMatricesOnly, EMACallback, PrecisionCallback, decay_groups
@@ -21,7 +20,7 @@ from fastai.learner import Learner
 from fastcore.foundation import L
 from fastai.optimizer import OptimWrapper
 from tqdm.auto import tqdm
-from .core import InputError, Task, get_task
+from .core import InputError, Task, get_task, named_generator
 from .dit import BLIP3oDiT
 from .losses import BLIP3oFlowMatchingLoss, cls_weights
 from .paths import LinearPath, PathSample, SlerpPath, make_path
@@ -52,8 +51,7 @@ class FlowCallback(Callback):
     ) -> list: # of one generator for each picture of the batch
         "Generators that depend on the seed, the epoch and a picture's place in it, and not on how pictures are put into batches"
         when = self.dl.epoch if self.training else "valid"
-        seeds = (hashlib.blake2b(f"{self.seed}/{what}/{when}/{p}".encode(), digest_size=8).digest() for p in self.dl.places(self.iter))
-        return [torch.Generator(device).manual_seed(int.from_bytes(s) >> 1) for s in seeds]
+        return [named_generator(self.seed, what, when, p, device=device) for p in self.dl.places(self.iter)]
 
     def draw(self, x1):
         "One `PathSample` for targets `[B, N, D]`"

@@ -8,7 +8,7 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/training.html.md"""
 __all__ = ['OVERFIT_STEPS', 'OVERFIT_COSINE', 'FREE', 'SCHEDULES', 'shards_of', 'how_many', 'loaders', 'check_layout',
            'device_of', 'model_of', 'learner_of', 'check_config', 'fit', 'train', 'summary', 'thin']
 
-# %% ../nbs/13e_training.ipynb #ecaee226
+# %% ../nbs/13e_training.ipynb #e59acc91
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from .distributed import DistributedCallback, processes, together
 from .inference import save_checkpoint
 from .learner import flow_learner
 from .loading import feature_dls
+from .metrics import quality_band
 from .monitors import MonitorCallback, NotesCallback, quality_notes
 from .paths import make_path
 from .recipes import TrainingConfig, config_text, make_config, read_config, width_lr
@@ -27,7 +28,7 @@ from .resume import CheckpointCallback
 from .shards import MANIFEST, FeatureDataset
 from .times import dimension_shift
 from .trackers import TrackerCallback
-from .validation import GenerationCallback, quality_band
+from .validation import GenerationCallback
 
 # %% ../nbs/13e_training.ipynb #9c8b0f26
 OVERFIT_STEPS, OVERFIT_COSINE = 600, .8
@@ -118,7 +119,7 @@ def learner_of(
                         accumulate=c.gradient_accumulation_steps, precision=c.precision, objective=c.objective, gradient_checkpointing=c.gradient_checkpointing, compile=c.compile,
                         progress=progress and not ranks()[0], seed=c.seed, cbs=[*watch, *cbs], **options)
 
-# %% ../nbs/13e_training.ipynb #f3115d92
+# %% ../nbs/13e_training.ipynb #d79d2cdf
 FREE = {"embeddings_dir", "output_dir", "num_workers", "device", "strategy", "compile", "gradient_checkpointing", "fresh", "keep", "checkpoint_every", "monitor_every", "eval_every",
         "eval_samples", "same_data_eval", "tracker", "batch_size"} # `batch_size` by processes is the state's to compare
 
@@ -175,7 +176,7 @@ def summary(learn, config:TrainingConfig) -> dict:
     "What a training came to"
     r, scores = learn.record, {}
     if r.get("gen_step"):
-        scores = {"held-out cosine": r["gen_cosine"][-1], "held-out centred cosine": r["gen_centred"][-1], "band": quality_band(learn.dls.task, r["gen_cosine"][-1])}
+        scores = {"held-out cosine": r["gen_cosine"][-1], "held-out centred cosine": r["gen_centred"][-1], "band": quality_band(learn.dls.task.target, r["gen_cosine"][-1])}
         if "gen_train_centred" in r: scores |= {"training cosine": r["gen_train_cosine"][-1], "training centred cosine": r["gen_train_centred"][-1]}
         if config.overfit_test_size: scores["overfit test passed"] = scores["training cosine"] > OVERFIT_COSINE
     return dict(task=config.task, steps=learn.train_iter, loss=r["valid_loss"][-1], **scores, pictures=config.eval_samples, seed=config.seed, notes=[str(n) for n in quality_notes(r)] if r.get("monitor_step") else [])

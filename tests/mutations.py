@@ -26,8 +26,8 @@ MUTATIONS = [
              "test_spherical_velocity_is_tangent_and_arrives"),
     Mutation(5, "the floor of the cosine is that of an unrelated guess", "losses.py", "F.cosine_similarity(-s.x0, s.v, dim=-1)", "F.cosine_similarity(s.x0, s.x1, dim=-1)",
              "test_velocity_cosine_stands_beside_its_trivial_value"),
-    Mutation(6, "noise and times start again from the seed in each batch", "learner.py", "for p in self.dl.places(self.iter))",
-             "for p in self.dl.places(0))", "test_noise_and_times_are_fresh_in_every_batch"),
+    Mutation(6, "noise and times start again from the seed in each batch", "learner.py", "for p in self.dl.places(self.iter)]",
+             "for p in self.dl.places(0)]", "test_noise_and_times_are_fresh_in_every_batch"),
     Mutation(6, "noise and times start again from the seed in each epoch", "learner.py", "when = self.dl.epoch if", "when = 0 if",
              "test_noise_and_times_are_fresh_in_every_batch"),
     Mutation(7, "validation reads the training split", "loading.py", 'FeatureDataset(folder, "held_out", share, max_held_out)', 'FeatureDataset(folder, "train", share, max_held_out)',
@@ -45,8 +45,8 @@ MUTATIONS = [
              "test_pooled_tokens_are_the_towers_own_embedding"),
     Mutation(12, "pooling leaves out the projection", "towers.py", 'if self.stage != "projected": x = self.tower.project(x)        # [B, n, E]', "pass",
              "test_pooled_tokens_are_the_towers_own_embedding"),
-    Mutation(12, "the report has no row of real tokens", "evaluate.py", ', "real tokens": real}\n', "}\n", "test_every_report_has_floor_and_ceiling"),
-    Mutation(13, "a key stands in the learner", "learner.py", "import hashlib\n", "import hashlib\nWANDB_API" + "_KEY = '" + "0123456789abcdef"*2 + "'\n",
+    Mutation(12, "the report has no ceiling", "evaluate.py", 'add("real tokens", "ceiling",', 'add("real tokens", "baseline",', "test_every_report_has_floor_and_ceiling"),
+    Mutation(13, "a key stands in the learner", "learner.py", "from functools import partial\n", "from functools import partial\nWANDB_API" + "_KEY = '" + "0123456789abcdef"*2 + "'\n",
              "test_no_key_in_the_repository"),
 ]
 

@@ -1,0 +1,107 @@
+"""Evaluations that are large, killed, or fed with what cannot be judged: memory, resumption, and what is said."""
+import json, signal, subprocess, sys, time
+import pytest, torch
+from blip3o_nb.core import InputError, seed_everything, toy_features
+from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
+from blip3o_nb.evaluate import evaluate
+from blip3o_nb.inference import save_checkpoint
+from blip3o_nb.learner import flow_learner
+from blip3o_nb.loading import feature_dls
+from blip3o_nb.shards import FeatureDataset, ShardWriter
+
+N = 10_000 # pictures, about half of which are held out
+
+def shards(folder, n, **kw):
+    toy = toy_features(n)
+    with ShardWriter(folder, {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}, **kw) as w:
+        w.add_batch(toy["keys"], toy["clip"], toy["eva"], toy["captions"], [""]*n)
+    return folder
+
+def checkpoint(features, folder, share=.15):
+    seed_everything(0)
+    model = BLIP3oDiT(BLIP3oDiTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_tokens=17, clip_embedding_size=32, eva_embedding_size=48))
+    learn = flow_learner(feature_dls(features, bs=64, share=share, max_samples=256, max_held_out=64), model, lr=3e-3, progress=False)
+    learn.fit(1)
+    return save_checkpoint(learn, folder)
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    root = tmp_path_factory.mktemp("small")
+    return shards(root/"features", 300), checkpoint(root/"features", root/"flow")
+
+PROGRAM = """
+import json, resource, sys
+from blip3o_nb.evaluate import evaluate
+flow, features, out, n = sys.argv[1:]
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e3 # MB
+if int(n): evaluate(flow, features, num_samples=200, samples=1, progress=False) # what a small one needs, libraries included
+before = peak()
+report = evaluate(flow, features, out, samples=1)
+print(json.dumps(dict(report=report.to_dict(), before=before, after=peak())))
+"""
+
+def run(*args, **kw): return subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+def test_5000_samples_stream_and_survive_a_kill(tmp_path):
+    "Memory of a large evaluation stays that of a small one; progress is shown; killed in the middle, the same call ends at the same report"
+    features = shards(tmp_path/"features", N)
+    flow = checkpoint(features, tmp_path/"flow", share=.5)
+    killed = run(flow, features, tmp_path/"out", 0)
+    deadline = time.time() + 120
+    while len(list(tmp_path.glob("out/parts-*/*.safetensors"))) < 30 and killed.poll() is None and time.time() < deadline: time.sleep(.05)
+    killed.send_signal(signal.SIGKILL); killed.wait()
+    done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("out/parts-*/*.safetensors")}
+    assert 30 <= len(done) < 150
+    resumed, whole = (p.communicate(timeout=300) for p in (run(flow, features, tmp_path/"out", 0), run(flow, features, tmp_path/"other", 200)))
+    assert "evaluate: " in whole[1] and "157/157" in whole[1], whole[1][-500:]
+    assert all(p.stat().st_mtime_ns == t for p, t in done.items())
+    a, b = (json.loads(x[0].splitlines()[-1]) for x in (resumed, whole))
+    assert a["report"] == b["report"] and b["report"]["facts"]["images"] >= 4_900
+    assert b["after"] - b["before"] < 150, f"{b['after'] - b['before']:.0f} MB more than for 200 pictures"
+
+def test_features_that_are_not_numbers(small, tmp_path):
+    "NaN in a shard is named with its picture, and nothing is scored"
+    features, flow = small
+    toy, bad = toy_features(300), tmp_path/"bad"
+    shards(bad, 300, dtype="fp32")
+    held = FeatureDataset(bad, "held_out")
+    (i, j), file = held._where[3].tolist(), bad/held.manifest["shards"][held._where[3][0]]["file"]
+    row = held.shape("eva").numel()*4
+    with open(file, "r+b") as f: f.seek(held._start[i]["eva"] + j*row + 40); f.write(b"\x00\x00\xc0\x7f")
+    with pytest.raises(InputError, match=f"eva features in .* first '{held.keys[3]}'"): evaluate(flow, bad, tmp_path/"out", progress=False)
+    assert not list(tmp_path.glob("out/report*"))
+
+def test_a_network_that_diverged(small, tmp_path):
+    "Weights that are not numbers are an error with the row's name, not a table of NaN"
+    import shutil
+    from safetensors.torch import load_file, save_file
+    features, flow = small
+    shutil.copytree(flow, tmp_path/"flow")
+    state = load_file(tmp_path/"flow"/"model.safetensors"); next(iter(state.values())).fill_(torch.nan); save_file(state, tmp_path/"flow"/"model.safetensors")
+    with pytest.raises(InputError, match="generated tokens of .* are not finite"): evaluate(tmp_path/"flow", features, progress=False)
+
+def test_duplicate_keys(small, tmp_path):
+    "A set that lists a picture twice is refused by the picture's name"
+    import shutil
+    features, flow = small
+    shutil.copytree(features, tmp_path/"twice")
+    m = json.loads((tmp_path/"twice"/"manifest.json").read_text())
+    m["shards"] = m["shards"]*2; (tmp_path/"twice"/"manifest.json").write_text(json.dumps(m))
+    with pytest.raises(InputError, match="twice"): evaluate(flow, tmp_path/"twice", progress=False)
+
+def test_other_features_and_folders(small, tmp_path):
+    features, flow = small
+    toy = toy_features(300)
+    with ShardWriter(tmp_path/"other", {"clip": {"model": "toy-clip"}, "eva": {"model": "another"}}) as w: w.add_batch(toy["keys"], toy["clip"], toy["eva"], toy["captions"], [""]*300)
+    (tmp_path/"empty").mkdir()
+    for features_, message in ((tmp_path/"other", "model 'toy-eva', .* has 'another'"), (tmp_path/"empty", "is no set of features")):
+        with pytest.raises(InputError, match=message): evaluate(flow, features_, progress=False)
+    with pytest.raises(InputError, match="no checkpoint in"): evaluate(tmp_path/"empty", features, progress=False)
+
+def test_features_whose_encoder_is_not_known(tmp_path):
+    "Without a model in the contract there are no captions, and the report says so"
+    toy = toy_features(300)
+    with ShardWriter(tmp_path/"features", {"clip": {}, "eva": {}}) as w: w.add_batch(toy["keys"], toy["clip"], toy["eva"], toy["captions"], [""]*300)
+    report = evaluate(checkpoint(tmp_path/"features", tmp_path/"flow"), tmp_path/"features", samples=1, progress=False)
+    assert "i2t R@5" not in report.main.scores and "centred" in report.main.scores
+    assert any("mean token stands for them" in n for n in report.notes)
