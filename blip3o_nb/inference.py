@@ -96,7 +96,7 @@ class Pipeline:
         from blip3o_nb.encoders import load_encoder
         if which not in self.encoders:
             c = self.contract[which]
-            if not c.get("model"): raise InputError(f"the checkpoint does not know which encoder made its {which} features: load it and give it to `use`")
+            if not all(c.get(k) for k in ("model", "stage", "layout")): raise InputError(f"the checkpoint does not know which encoder made its {which} features: load it and give it to `use`")
             self.use(**{which: load_encoder(c["model"], stage=c["stage"], layout=c["layout"], device=self.device)})
         return self.encoders[which]
 
@@ -247,7 +247,7 @@ def write_samples(
         if images:
             tokens = pipe(images, first=i, **options)
             data["tokens"] = tokens.to(dtype)
-            if pipe.contract[pipe.task.target].get("model"): data["embeddings"] = pipe.pool(tokens)
+            if pipe.contract[pipe.task.target].get("stage"): data["embeddings"] = pipe.pool(tokens)
             if texts:
                 for a, row in zip(about, nearest(data["embeddings"], known).tolist()): a["captions"] = [texts[t] for t in row]
         with atomic_path(file) as tmp: save_file(data, tmp, {"pictures": json.dumps(about), "skipped": json.dumps(bad)})

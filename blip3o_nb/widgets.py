@@ -127,7 +127,7 @@ def follow(
     if pipe.objective != "flow": raise InputError("a regression answers at once and has no path to show: load a flow")
     m, path = pipe.model, pipe.path
     c, real = (n.encode(sample_of[k][None].to(pipe.device)) for n, k in ((pipe.cond_norm, pipe.task.cond), (pipe.target_norm, pipe.task.target)))
-    x0 = path.noise((1, m.config.num_tokens, m.config.target_size), torch.Generator().manual_seed(seed), pipe.device)
+    x0 = pipe.noise(1, seed)
     def go(x, method, **times): return sample(m, c, path=path, method=method, x0=x, guidance_scale=guidance, return_info=True, **times)[1]
     info = go(x0, method, steps=steps)
     null = m.cond_cache(c, c.new_ones(1, dtype=torch.bool)) if guidance != 1 else None
