@@ -103,7 +103,7 @@ def shard_browser(
     box.controls, box.children[0].children = {**box.controls, "key": key}, (position, key)
     return box
 
-# %% ../nbs/15_widgets.ipynb #58218408
+# %% ../nbs/15_widgets.ipynb #0812a036
 class Trace(NamedTuple):
     "What a sampler passes on its way from one noise to one sample; tokens are on the model's scale"
     times: torch.Tensor # `[T]`, from 0 to 1
