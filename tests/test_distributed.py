@@ -92,7 +92,7 @@ def stop(f):
     from blip3o_nb.distributed import Elsewhere
     try: f()
     except InputError as e:
-        print(f"at {time.time()} {type(e).__name__} says: {e}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"at {time.time()} {type(e).__name__} says: {e}\n") # one write: both processes share the stream
         if isinstance(e, Elsewhere): raise # `processes` ends this one
         sys.exit(2)
 
