@@ -58,8 +58,9 @@ def check_options(
     if device not in ("", "cpu", "cuda"): raise InputError(f"unknown --device '{device}': choose cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available(): raise InputError("--device cuda: torch finds no CUDA device here; leave the option out")
 
-# %% ../nbs/16_cli.ipynb #ed549fb7
-@command()
+# %% ../nbs/16_cli.ipynb #908ae039
+@command(output_dir="out", image_dir="images", input_dir="images", model_size="size", num_epochs="epochs", batch_size="bs", learning_rate="lr", task_mode="task",
+         headings={"out": "where from, where to", "clip": "towers", "task": "training", "limit": "the run"})
 def blip3o_demo(
     out:str="runs/demo",   # folder for features, checkpoints and the report
     images:str="",         # WebDataset tars, a folder of pictures or a dataset, see blip3o_extract; empty: the shipped clip art
@@ -99,7 +100,7 @@ def blip3o_demo(
     if len(done) == 2 and (out/"report.html").exists(): print("report: there already, reused")
     else:
         report = evaluate([out/n for n in ("checkpoint", "regression")], out/"features", out, seed=seed)
-        write_report(report, out, images.path); print(f"\n{report}\n")
+        write_report(report, out, images); print(f"\n{report}\n")
     print(f"The report is {out/'report.html'}, the trained flow {out/'checkpoint'}.")
 
 def clear(
@@ -109,9 +110,10 @@ def clear(
     for d in ("features", "checkpoint", "regression", "figures", *(p.name for p in out.glob("parts-*"))): shutil.rmtree(out/d, ignore_errors=True)
     for f in ("report.json", "report.csv", "report.html"): (out/f).unlink(missing_ok=True)
 
-# %% ../nbs/16_cli.ipynb #f0c2970e
+# %% ../nbs/16_cli.ipynb #0a51cea7
 @command(output_dir="out", embeddings_dir="out", chunked_embeddings_dir="out", input_dir="images", image_dir="images", batch_size="bs",
-         training_mode="layout", include_cls="layout=cls_patch", max_samples="limit")
+         training_mode="layout", include_cls="layout=cls_patch", max_samples="limit",
+         headings={"images": "where from, where to", "clip": "towers", "bs": "speed and size", "captions": "pictures", "shard_size": "the run", "trust_remote_code": "code from outside"})
 def blip3o_extract(
     images:str="",           # folder of pictures, tars ("data/{00000..00099}.tar", "data/*.tar"), or "datasets:NAME#split"; empty: the shipped clip art
     out:str="embeddings",    # folder of the shards; one that has some is gone on with (also --output_dir, --embeddings_dir, --chunked_embeddings_dir)
@@ -153,11 +155,15 @@ def blip3o_extract(
     print(f"{len(ds):,} samples in {out}: clip {list(ds.shape('clip'))}, eva {list(ds.shape('eva'))}, {stage}, {layout}, {dtype}")
     if not all(e.pools_exactly for e in encoders): print("image embeddings of these tokens will be means of patches, which find captions far less well; --layout cls_patch keeps the CLS token")
 
-# %% ../nbs/16_cli.ipynb #dd5346da
+# %% ../nbs/16_cli.ipynb #41d2e405
 @command(spec=TrainingConfig, chunked_embeddings_dir="embeddings_dir", embeddings_path="embeddings_dir", task_mode="task", max_training_shards="max_shards", model_dim="hidden_size",
          num_layers="num_hidden_layers", num_heads="num_attention_heads", layout="training_mode", schedule_type="noise_schedule", lr="learning_rate", epochs="num_epochs", bs="batch_size",
          fp16="precision=fp16", bf16="precision=bf16", debug="debug_mode", overfitting_test="overfit_test_size=64", enable_detailed_eval="eval_samples=512", enable_same_data_eval="same_data_eval",
-         wd="weight_decay", out="output_dir")
+         wd="weight_decay", out="output_dir", **{"noise_schedule=linear": "uniform"},
+         retired={**dict.fromkeys(("eva_embedding_size=", "clip_embedding_size=", "in_channels=", "num_tokens="), "the features say it themselves"),
+                  "same_data_eval_frequency=": "--eval-every says after how many epochs pictures are generated", "normalize_targets": "--target-norm says how"},
+         headings={"config": "all options in one file", "embeddings_dir": "where from, where to", "task": "what is learned, from which pictures", "model_size": "the network", "prediction_type": "the flow",
+                   "num_epochs": "the training", "precision": "the machine", "checkpoint_every": "states to go on from", "eval_every": "judgement as it goes", "tracker": "the run"})
 def blip3o_train(
     config:str="",           # TOML file of options, as --print-config writes it or a run leaves it
     print_config:bool=False, # show all options with their values and stop
@@ -174,8 +180,8 @@ def blip3o_train(
     if r.get("gen_step"): print(f"{config.eval_samples} held-out pictures, generated: cosine {r['gen_cosine'][-1]:.3f}, centred on the training mean {r['gen_centred'][-1]:.3f}")
     print(f"The trained flow is {out}, its configuration {out/'config.toml'}, its result {out/'result.json'}.")
 
-# %% ../nbs/16_cli.ipynb #4d1d3364
-@command(pos=("src", "dst"), output_dir="dst", embeddings_path="src")
+# %% ../nbs/16_cli.ipynb #47ae0a41
+@command(pos=("src", "dst"), output_dir="dst", embeddings_path="src", headings={"to": "what becomes of it", "verify": "or a check only"})
 def blip3o_convert(
     src:str,            # set of shards, folder of pickles, or one pickle
     dst:str="",         # where the result goes
@@ -199,8 +205,8 @@ def blip3o_convert(
     done = convert(src, dst, to, dtype or None, shard_size, {n: {"stage": stage} for n in ("clip", "eva")} if stage else None, layout or None)
     print(f"{dst}: {done['new']:,} samples written" + (f", {done['skipped']:,} were there already" if done["skipped"] else ""))
 
-# %% ../nbs/16_cli.ipynb #657566d5
-@command(pos=("repo",), output_dir="out", data_dir="out", local_dir="out", max_shards="n", num_shards="n")
+# %% ../nbs/16_cli.ipynb #44963f1c
+@command(pos=("repo",), output_dir="out", data_dir="out", local_dir="out", max_shards="n", num_shards="n", headings={"n": "what", "workers": "how"})
 def blip3o_download(
     repo:str="BLIP3o/BLIP3o-Pretrain-Short-Caption", # dataset repository of the Hugging Face Hub; also BLIP3o/BLIP3o-Pretrain-Long-Caption, BLIP3o/BLIP3o-Pretrain-JourneyDB
     out:str="",           # folder for the tars; empty: data/ and the repository's name (also --output_dir, --data_dir, --local_dir)

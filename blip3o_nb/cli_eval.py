@@ -25,9 +25,10 @@ def read_classes(
     if not rows: raise InputError(f"{path} is empty: it takes a line for each picture, its key and its class")
     return dict(rows)
 
-# %% ../nbs/16a_cli_eval.ipynb #45ba9170
+# %% ../nbs/16a_cli_eval.ipynb #a738e1ab
 @command(pos=("checkpoint",), many=("checkpoint",), model_path="", checkpoint_path="", model="", chunked_embeddings_dir="embeddings_dir", embeddings_path="embeddings_dir", output_dir="out",
          same_data_eval="split=train", batch_size="bs", max_samples="num_samples", task_mode="task",
+         headings={"embeddings_dir": "where from, where to", "classes": "what is judged", "seed": "the run"},
          retired={"save_plots": "figures are always written", "compute_recall": "recall is always measured", "normalize_embeddings": "cosines do not depend on lengths"})
 def blip3o_eval(
     checkpoint:str,          # folders of trained models, or NAME=FOLDER; the first flow among them is judged, the others stand beside it (also --model_path)
@@ -60,8 +61,9 @@ def blip3o_eval(
     page = write_report(report, out, source)
     print(f"\n{report}\n\nThe report is {page}; its tables are report.csv and report.json, its figures are in {Path(out)/'figures'}.")
 
-# %% ../nbs/16a_cli_eval.ipynb #e943e030
-@command(pos=("checkpoint",), model_path="", checkpoint_path="", output_dir="out", image_dir="images", input_dir="images", num_inference_steps="steps", batch_size="bs", cfg_scale="guidance_scale")
+# %% ../nbs/16a_cli_eval.ipynb #18a13982
+@command(pos=("checkpoint",), model_path="", checkpoint_path="", output_dir="out", image_dir="images", input_dir="images", num_inference_steps="steps", batch_size="bs", cfg_scale="guidance_scale",
+         headings={"images": "where from, where to", "steps": "sampling", "seed": "the run"})
 def blip3o_sample(
     checkpoint:str,          # folder of a trained flow
     images:str="",           # folder of pictures, tars, or "datasets:NAME#split", as for blip3o_extract; empty: the shipped clip art

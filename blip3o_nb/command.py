@@ -13,7 +13,7 @@ from argparse import SUPPRESS
 from pathlib import Path
 from fastcore.script import anno_parser
 
-# %% ../nbs/15a_command.ipynb #18e77825
+# %% ../nbs/15a_command.ipynb #af26629b
 def _wrong(message):
     from blip3o_nb.core import InputError # torch, which --help does not wait for
     return InputError(message)
@@ -25,30 +25,45 @@ def _say(line, code=2):
 def fold(
     argv:list,     # as the shell gives them
     options:list,  # names that the program has, with underscores
-    aliases:dict,  # other name -> name, "name=value" for a switch that stands for it, or "" for what has no name here
-    retired=()     # dict of switches that have lost their meaning -> what replaces them
+    aliases:dict,  # other name -> name, "name=value" for a switch that stands for it, or "" for what has no name here; "name=other value" -> value
+    retired=()     # dict of switches that have lost their meaning -> what replaces them; with "=" at the end, of options with a value
 ) -> list:
     "Arguments with every option under the name that the program has; raises `InputError` for one that it does not have"
-    out = []
-    for a in argv:
-        if a.startswith("--") and len(a) > 2:
-            plain, eq, value = a[2:].partition("=")
-            name = plain.replace("-", "_"); to = aliases.get(name, name)
-            if name in retired: _say(f"--{plain} is not needed: {retired[name]}"); continue
-            if not to: out += [value] if eq else []; continue
-            if "=" in to: to, eq, value = to.partition("=")
-            if to not in (*options, "help"):
-                near = difflib.get_close_matches(name, [*options, *aliases, *retired], n=1)
-                raise _wrong(f"unknown option --{plain}" + (f", did you mean --{near[0].replace('_', '-')}?" if near else "") + " (--help lists all)")
-            a = f"--{to.replace('_', '-')}{eq}{value}"
-        out.append(a)
+    out, argv = [], list(argv)
+    while argv:
+        a = argv.pop(0)
+        if not a.startswith("--") or len(a) == 2: out.append(a); continue
+        plain, eq, value = a[2:].partition("=")
+        name = plain.replace("-", "_"); to = aliases.get(name, name)
+        if gone := {name, f"{name}="} & set(retired):
+            _say(f"--{plain} is not needed: {retired[min(gone)]}")
+            if name not in gone and not eq: argv = argv[1:]
+            continue
+        if not to: out += [value] if eq else []; continue
+        if "=" in to: to, eq, value = to.partition("=")
+        if to not in (*options, "help"):
+            near = difflib.get_close_matches(name, [*options, *(n.partition("=")[0] for n in (*aliases, *retired))], n=1)
+            raise _wrong(f"unknown option --{plain}" + (f", did you mean --{near[0].replace('_', '-')}?" if near else "") + " (--help lists all)")
+        if not eq and argv and f"{to}={argv[0]}" in aliases: eq, value = "=", argv.pop(0)
+        out.append(f"--{to.replace('_', '-')}{eq}{aliases.get(f'{to}={value}', value)}")
     return out
 
-# %% ../nbs/15a_command.ipynb #a2a8409e
+# %% ../nbs/15a_command.ipynb #40ef56c0
+def _with_headings(parser, headings):
+    "The options of a parser under headings, in the order in which they are"
+    flags, free = [a for a in parser._actions if a.option_strings], [a for a in parser._actions if not a.option_strings]
+    parser.usage = " ".join(["%(prog)s", *(a.dest + " ..."*(a.nargs == "+") if a.required else f"[{a.dest}]" for a in free), "[options]"])
+    group = parser._optionals
+    for a in flags:
+        if a.dest in headings: group = parser.add_argument_group(headings[a.dest])
+        parser._optionals._group_actions.remove(a); group._group_actions.append(a)
+    return parser
+
 def command(
     pos:tuple=(),  # parameters that are given without their name
     many:tuple=(), # those of them that take one value or more
     spec=None,     # dataclass whose fields are options too; the function gets those that were given
+    headings=(),   # dict of options -> the heading that `--help` has above it
     retired=(),    # as `fold` takes them
     **aliases      # as `fold` takes them
 ):
@@ -62,6 +77,7 @@ def command(
                 if a.dest not in ("help", "pdb", "xtra"): a.default = SUPPRESS; parser._add_action(a)
             for a in parser._actions:
                 if a.dest in many: a.nargs = "+"
+            _with_headings(parser, dict(headings))
             def fail(message): raise _wrong(f"{message} (--help lists all options)")
             parser.error = fail
             try:

@@ -9,7 +9,7 @@ __all__ = ['GROUPS', 'MAIN', 'LESS_IS_MORE', 'SET_SIZE', 'FIT_SIZE', 'SOLVERS', 
            'text_side', 'judge_embeddings', 'check_finite', 'collect', 'Report', 'notes_of', 'Samples', 'fit_baselines',
            'load_all', 'methods_of', 'splits_of', 'facts_of', 'evaluate', 'embeddings_of', 'row_of']
 
-# %% ../nbs/14_evaluate.ipynb #01b3114d
+# %% ../nbs/14_evaluate.ipynb #82696a9a
 import hashlib, json, shutil, tempfile, warnings
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,7 +23,8 @@ from .baselines import CopyBaseline, MeanBaseline, MLPBaseline, ProcrustesBaseli
 from .core import InputError, atomic_path
 from .inference import Pipeline, check_contract
 from .metrics import (QUALITY, Score, bootstrap, chance_level, cka, class_embeddings, derangement, diversity, frechet_distance, half_sampling, knn_overlap,
-                               patch_cosine, quality_band, retrieval, sphere_violation, token_scores, unique_captions, zero_shot)
+                               patch_cosine, quality_band, retrieval, spread_error, sphere_violation, token_scores, unique_captions,
+                               zero_shot, zero_shot_chance)
 from .paths import path_dict
 from .shards import FeatureDataset, leak_check, sha256_file
 
@@ -55,7 +56,7 @@ def difference(
     "Mean of a's score minus b's on the same images"
     return bootstrap(a.values[metric] - b.values[metric], seed=a.seed)
 
-# %% ../nbs/14_evaluate.ipynb #c744e088
+# %% ../nbs/14_evaluate.ipynb #414bf5b9
 def judge_tokens(
     gens:torch.Tensor,   # `[b, N, D]`, or k samples of the same images `[k, b, N, D]`
     real:torch.Tensor,   # `[b, N, D]`
@@ -67,10 +68,9 @@ def judge_tokens(
     gens = gens if gens.ndim == 4 else gens[None]
     gen, out = gens[0], token_scores(gens[0], real, center)
     if sphere: out["sphere violation"] = sphere_violation(gen)
-    if (k := len(gens)) > 1:
-        mean = gens.mean(0)
-        out |= {"best of k": torch.stack([patch_cosine(x, real, center).mean(1) for x in gens]).amax(0), "mean of k": patch_cosine(mean, real, center).mean(1),
-                "diversity": diversity(gens), "spread": (1 + 1/k)*gens.var(0).mean((1, 2)), "error": (mean - real).square().mean((1, 2))}
+    if len(gens) > 1:
+        out |= {"best of k": torch.stack([patch_cosine(x, real, center).mean(1) for x in gens]).amax(0), "mean of k": patch_cosine(gens.mean(0), real, center).mean(1),
+                "diversity": diversity(gens), **dict(zip(("spread", "error"), spread_error(gens, real)))}
     return out | {"patches": patch_cosine(gen, real, center), "embedding": (pool(gen) if pool else gen.mean(1)).float()}
 
 # %% ../nbs/14_evaluate.ipynb #dd6fab74
@@ -179,7 +179,7 @@ class Report:
         return dict(facts=self.facts, notes=self.notes, steps={k: asdict(v) for k, v in self.steps.items()},
                     rows=[dict(name=r.name, role=r.role, scores={k: asdict(v) for k, v in r.scores.items()}) for r in self.rows])
 
-# %% ../nbs/14_evaluate.ipynb #a03bce96
+# %% ../nbs/14_evaluate.ipynb #2f03ac32
 def notes_of(
     report:Report,
     task # whose own note comes first
@@ -197,7 +197,7 @@ def notes_of(
         notes.append(f"Captions: recall at 5 is {a.value:.3f}{share}; the best single ranking for all images would reach {chance_level(side.own, len(side.texts))['i2t R@5']:.3f}.")
     if "zero-shot top-1" in main.scores:
         known = side.labels[side.labels >= 0]
-        notes.append(f"Classes: {main.scores['zero-shot top-1'].value:.3f} of {len(known)} images are put into the right one of {len(side.class_names)}; the most frequent one has {known.bincount().max()/len(known):.3f} of them.")
+        notes.append(f"Classes: {main.scores['zero-shot top-1'].value:.3f} of {len(known)} images are put into the right one of {len(side.class_names)}; the most frequent one has {zero_shot_chance(known, len(side.class_names))['top-1']:.3f} of them.")
     if "calibration" in main.scores:
         c = main.scores["calibration"]
         verdict = "too sure of themselves" if c.high < .9 else "too unsure" if c.low > 1.1 else "about as sure as they should be"

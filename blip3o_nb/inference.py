@@ -34,7 +34,7 @@ def check_contract(
         if known.get(k) != given.get(k):
             raise InputError(f"the checkpoint was trained on {which} features with {k} '{known.get(k)}', {where} has '{given.get(k)}': extract with the checkpoint's encoders")
 
-# %% ../nbs/13_inference.ipynb #94678080
+# %% ../nbs/13_inference.ipynb #0dbcf7a8
 class Pipeline:
     "Generate target tokens from conditioning tokens or pictures"
     def __init__(self,
@@ -63,57 +63,63 @@ class Pipeline:
     @property
     def device(self): return next(self.model.parameters()).device
 
-    @torch.inference_mode()
-    def __call__(self,
-        x,                     # conditioning tokens `[B, M, C]`, PIL images, or pictures as `read_images` takes them
-        seed:int=0, bs:int=128,
-        method:str|None=None, steps:int|None=None, # default: those of the checkpoint
-        first:int=0,           # number of the first picture, where these are a part of more
-        progress:bool=False,
-        **options              # of `sample`, for example `guidance_scale`
-    ) -> torch.Tensor: # generated tokens `[B, N, D]`, on the CPU
-        "Generate one sample of target tokens for each conditioning; the same seed and number give the same tokens"
-        out = []
-        for c in tqdm(self.features(x, progress).split(bs), "sample", disable=not progress, unit="batch"):
-            c = self.cond_norm.encode(c.to(self.device))
-            x0 = self.noise(len(c), seed, first + sum(map(len, out)))
-            if self.objective == "regression": y = self.model(torch.zeros_like(x0), x0.new_zeros(len(c)), c)
-            else: y = sample(self.model, c, path=self.path, method=method or self.method, steps=steps or self.steps, x0=x0, **options)
-            out.append(self.target_norm.decode(y).float().cpu())
-        return torch.cat(out)
-
-    def generate(self, cond:torch.Tensor, seed:int=0) -> torch.Tensor: # `[B, N, D]`
-        "A call, under the name that the baselines have for it"
-        return self(cond, seed=seed)
-
     def noise(self, n:int, seed:int=0, first:int=0) -> torch.Tensor: # `[n, N, D]`
         "Where the flow of each picture starts"
         shape = (1, self.model.config.num_tokens, self.model.config.target_size)
         return torch.cat([self.path.noise(shape, named_generator(seed, first + i)) for i in range(n)]).to(self.device)
 
-    def encoder(self, which:str): # "clip" or "eva"
-        "The encoder of that feature, loaded from the contract at first use"
-        from blip3o_nb.encoders import load_encoder
-        if which not in self.encoders:
-            c = self.contract[which]
-            if not all(c.get(k) for k in ("model", "stage", "layout")): raise InputError(f"the checkpoint does not know which encoder made its {which} features: load it and give it to `use`")
-            self.use(**{which: load_encoder(c["model"], stage=c["stage"], layout=c["layout"], device=self.device)})
-        return self.encoders[which]
+# %% ../nbs/13_inference.ipynb #4dd83913
+@patch
+@torch.inference_mode()
+def __call__(self:Pipeline,
+    x,                     # conditioning tokens `[B, M, C]`, PIL images, or pictures as `read_images` takes them
+    seed:int=0, bs:int=128,
+    method:str|None=None, steps:int|None=None, # default: those of the checkpoint
+    first:int=0,           # number of the first picture, where these are a part of more
+    progress:bool=False,
+    **options              # of `sample`, for example `guidance_scale`
+) -> torch.Tensor: # generated tokens `[B, N, D]`, on the CPU
+    "Generate one sample of target tokens for each conditioning; the same seed and number give the same tokens"
+    out = []
+    for c in tqdm(self.features(x, progress).split(bs), "sample", disable=not progress, unit="batch"):
+        c = self.cond_norm.encode(c.to(self.device))
+        x0 = self.noise(len(c), seed, first + sum(map(len, out)))
+        if self.objective == "regression": y = self.model(torch.zeros_like(x0), x0.new_zeros(len(c)), c)
+        else: y = sample(self.model, c, path=self.path, method=method or self.method, steps=steps or self.steps, x0=x0, **options)
+        out.append(self.target_norm.decode(y).float().cpu())
+    return torch.cat(out)
 
-    def features(self, x, progress:bool=False) -> torch.Tensor:
-        "Conditioning tokens as they are, or those of pictures; raises `InputError` for a shape the model was not trained on"
-        if not torch.is_tensor(x):
-            from blip3o_nb.images import read_images
-            if not isinstance(x, (list, tuple)) or any(isinstance(i, (str, Path)) for i in x):
-                source = read_images(x); x = [s.image for s in source]
-                for name, reason in source.skipped.items(): raise InputError(f"{name} of {source.path} cannot be read ({reason}): take it out")
-            if not len(x): raise InputError("there are no pictures to generate from: give at least one")
-            enc, batches = self.encoder(self.task.cond), range(0, len(x), 64)
-            x = torch.cat([enc.tokens(torch.stack([enc.preprocess(i) for i in x[k:k+64]])).cpu() for k in tqdm(batches, "encode", disable=not progress, unit="batch")])
-        want = tuple(self.cond_norm.shape)
-        if x.ndim != 3 or tuple(x.shape[1:]) != want:
-            raise InputError(f"conditioning is {list(x.shape)}, the model takes [B, {want[0]}, {want[1]}]: extract it with the encoder '{self.contract[self.task.cond].get('model')}'")
-        return x.float()
+@patch
+def generate(self:Pipeline, cond:torch.Tensor, seed:int=0) -> torch.Tensor: # `[B, N, D]`
+    "A call, under the name that the baselines have for it"
+    return self(cond, seed=seed)
+
+# %% ../nbs/13_inference.ipynb #ea23feb1
+@patch
+def encoder(self:Pipeline, which:str): # "clip" or "eva"
+    "The encoder of that feature, loaded from the contract at first use"
+    from blip3o_nb.encoders import load_encoder
+    if which not in self.encoders:
+        c = self.contract[which]
+        if not all(c.get(k) for k in ("model", "stage", "layout")): raise InputError(f"the checkpoint does not know which encoder made its {which} features: load it and give it to `use`")
+        self.use(**{which: load_encoder(c["model"], stage=c["stage"], layout=c["layout"], device=self.device)})
+    return self.encoders[which]
+
+@patch
+def features(self:Pipeline, x, progress:bool=False) -> torch.Tensor:
+    "Conditioning tokens as they are, or those of pictures; raises `InputError` for a shape the model was not trained on"
+    if not torch.is_tensor(x):
+        from blip3o_nb.images import read_images
+        if not isinstance(x, (list, tuple)) or any(isinstance(i, (str, Path)) for i in x):
+            source = read_images(x); x = [s.image for s in source]
+            for name, reason in source.skipped.items(): raise InputError(f"{name} of {source.path} cannot be read ({reason}): take it out")
+        if not len(x): raise InputError("there are no pictures to generate from: give at least one")
+        enc, batches = self.encoder(self.task.cond), range(0, len(x), 64)
+        x = torch.cat([enc.tokens(torch.stack([enc.preprocess(i) for i in x[k:k+64]])).cpu() for k in tqdm(batches, "encode", disable=not progress, unit="batch")])
+    want = tuple(self.cond_norm.shape)
+    if x.ndim != 3 or tuple(x.shape[1:]) != want:
+        raise InputError(f"conditioning is {list(x.shape)}, the model takes [B, {want[0]}, {want[1]}]: extract it with the encoder '{self.contract[self.task.cond].get('model')}'")
+    return x.float()
 
 # %% ../nbs/13_inference.ipynb #1d5a76df
 @patch(cls_method=True)
@@ -214,7 +220,7 @@ def captions(self:Pipeline, x,
     top = nearest(self.embed(x, **kw), self.encoder(self.task.target).encode_text(texts).float().cpu(), k)
     return [[texts[i] for i in row] for row in top.tolist()]
 
-# %% ../nbs/13_inference.ipynb #090f3e7b
+# %% ../nbs/13_inference.ipynb #7ac9a37d
 def write_samples(
     pipe:Pipeline,   # from `from_pretrained`
     source,          # pictures as `read_images` takes them

@@ -8,7 +8,7 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/learner.html.md"""
 __all__ = ['FlowCallback', 'ConditioningDropout', 'RegressionCallback', 'NaNGuard', 'RecordCallback', 'ProgressBar',
            'flow_learner', 'noise_size', 'check_learner']
 
-# %% ../nbs/12_learner.ipynb #98db13f6
+# %% ../nbs/12_learner.ipynb #5b8cfe15
 from functools import partial
 import torch
 from .optimisation import ClipCallback, DecayMatricesOnly, EMACallback, PrecisionCallback, decay_groups
@@ -27,7 +27,7 @@ from .paths import LinearPath, PathSample, SlerpPath, make_path
 from .loading import Normalizer
 from .times import noise_band, sample_times
 
-# %% ../nbs/12_learner.ipynb #cc95d0c6
+# %% ../nbs/12_learner.ipynb #299d163a
 class FlowCallback(Callback):
     "Turn a batch `(cond, target)` into `(xt, t, cond)` and the path sample that the loss compares with"
     order, name = -5, "flow"

@@ -7,8 +7,8 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/metrics.html.md"""
 # %% auto #0
 __all__ = ['BANDS', 'QUALITY', 'Score', 'bootstrap', 'patch_cosine', 'token_scores', 'quality_band', 'sphere_violation',
            'unique_captions', 'best_rank', 'retrieval', 'chance_level', 'class_embeddings', 'zero_shot',
-           'zero_shot_chance', 'frechet_distance', 'cka', 'knn_overlap', 'half_sampling', 'diversity', 'calibration',
-           'derangement']
+           'zero_shot_chance', 'frechet_distance', 'cka', 'knn_overlap', 'half_sampling', 'diversity', 'spread_error',
+           'calibration', 'derangement']
 
 # %% ../nbs/11_metrics.ipynb #a7f26605
 import warnings
@@ -245,16 +245,24 @@ def diversity(
     u = F.normalize(gens.float(), dim=-1)
     return (1 - (u.sum(0).square().sum(-1) - k)/(k*(k-1))).mean(1)
 
-# %% ../nbs/11_metrics.ipynb #8d390e61
+# %% ../nbs/11_metrics.ipynb #ba46b6bf
+def spread_error(
+    gens:torch.Tensor, # `[k, n, N, D]`, k samples of the same n images
+    real:torch.Tensor  # `[n, N, D]`
+) -> tuple: # two of `[n]`: variance within the samples of an image, times 1 + 1/k, and squared error of their mean
+    "How far the samples of an image differ, and how far their mean is off; raises `InputError` for a single sample"
+    k = len(gens)
+    if k < 2 or gens.shape[1:] != real.shape: raise InputError(f"calibration needs two or more samples of the same images, got {tuple(gens.shape)} for real tokens {tuple(real.shape)}: sample with several seeds")
+    gens, real = gens.float(), real.float()
+    return (1+1/k)*gens.var(0).mean((1, 2)), (gens.mean(0)-real).square().mean((1, 2))
+
 def calibration(
     gens:torch.Tensor, # `[k, n, N, D]`, k samples of the same n images
     real:torch.Tensor  # `[n, N, D]`
 ) -> float: # 1 where samples and real tokens have one conditional distribution, 0 where all samples agree
     "Variance within the samples over the squared error of their mean, freed of the number of samples; raises `InputError` for a single sample"
-    k = len(gens)
-    if k < 2 or gens.shape[1:] != real.shape: raise InputError(f"calibration needs two or more samples of the same images, got {tuple(gens.shape)} for real tokens {tuple(real.shape)}: sample with several seeds")
-    gens, real = gens.float(), real.float()
-    return ((1+1/k)*gens.var(0).mean()/(gens.mean(0)-real).square().mean().clamp(min=1e-30)).item()
+    spread, error = spread_error(gens, real)
+    return (spread.mean()/error.mean().clamp(min=1e-30)).item()
 
 # %% ../nbs/11_metrics.ipynb #f3ee8855
 def derangement(

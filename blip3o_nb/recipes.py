@@ -12,13 +12,13 @@ import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-# %% ../nbs/13d_recipes.ipynb #3dd55a48
+# %% ../nbs/13d_recipes.ipynb #638b31d1
 @dataclass
 class TrainingConfig:
     "All options of a training"
     embeddings_dir: str = "embeddings" # feature shards, or pickles of earlier work, which are converted first
     output_dir: str = "checkpoints"    # folder of the run
-    recipe: str = ""                   # rae, blip3o or demo: other defaults for what follows; empty: none
+    recipe: str = ""                   # rae, blip3o or demo; enhanced, grid or universal, programs of earlier work: other defaults for what follows
     task: str = "clip_generation"      # clip_generation, eva_reproduction, clip_denoising or eva_denoising
     training_mode: str = ""            # layout that the features must have: cls_patch, patch_only, grid_64; empty: any
     eval_split: float = .15            # share of the pictures that is held out, by the hash of their keys
@@ -83,11 +83,14 @@ class TrainingConfig:
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return "\n".join(["| option | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in changed.items()), f"| *{len(fields(self)) - len(changed)} others* | *as by default* |"])
 
-# %% ../nbs/13d_recipes.ipynb #6f9b61bb
+# %% ../nbs/13d_recipes.ipynb #6a30c858
 RECIPES = {
     "blip3o": dict(prediction_type="velocity", cond_dropout=.1, learning_rate=1e-4, schedule="warmup_cosine", final_lr=.1, precision="bf16", shift=1., model_size="nextdit", gradient_checkpointing=True),
     "rae":    dict(prediction_type="velocity", noise_schedule="logit_normal", shift=0., head_width=2048, ema=.9995, adam_beta1=.9, adam_beta2=.95, learning_rate=2e-4, weight_decay=0., model_size="base"),
-    "demo":   dict(model_size="nano", num_epochs=4, learning_rate=3e-3, schedule="one_cycle", warmup=.1, cls_weight=8.)}
+    "demo":   dict(model_size="nano", num_epochs=4, learning_rate=3e-3, schedule="one_cycle", warmup=.1, cls_weight=8.),
+    "enhanced":  dict(prediction_type="velocity", shift=1., velocity_scale=.1, output_scale=.1, learning_rate=1e-4, batch_size=4, model_size="base"),
+    "grid":      dict(prediction_type="velocity", shift=1., sigma_max=1., learning_rate=1e-4, batch_size=32, eval_split=.1, model_size="nextdit", gradient_checkpointing=True),
+    "universal": dict(task="clip_denoising", prediction_type="velocity", shift=1., min_noise_level=.1, max_noise_level=.9, sphere_constraint_weight=.1, learning_rate=1e-4, batch_size=8, model_size="base")}
 
 def make_config(
     recipe:str="", # of `RECIPES`

@@ -8,7 +8,7 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/report.html.md"""
 __all__ = ['CAPTIONS', 'PAGE', 'plot_record', 'plot_steps', 'plot_places', 'pictures_of', 'plot_spectrum', 'draw', 'page',
            'table', 'write_report']
 
-# %% ../nbs/14a_report.ipynb #ce2f9345
+# %% ../nbs/14a_report.ipynb #9778e4d2
 import csv, io, shutil
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -17,7 +17,7 @@ from jinja2 import Template
 from .core import InputError, atomic_path, write_json
 from .evaluate import GROUPS, LESS_IS_MORE, Report
 from .inference import nearest
-from .viz import CYCLE, FLOOR, fig_to_png, fig_to_uri, gallery, marks, plot_bars, plot_curve, plot_hist, show_images, token_map, use_style
+from .viz import CYCLE, FLOOR, fig_to_png, gallery, marks, plot_bars, plot_curve, plot_hist, png_to_uri, show_images, token_map, use_style
 
 # %% ../nbs/14a_report.ipynb #68f51280
 def plot_record(
@@ -134,7 +134,7 @@ def draw(
     for ax in axs.values(): plt.close(ax.figure)
     return {k: ax.figure for k, ax in axs.items()}
 
-# %% ../nbs/14a_report.ipynb #9e8ff1f7
+# %% ../nbs/14a_report.ipynb #aadd6c2b
 PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <title>{{ title }}</title><style>
 :root{--ink:#222;--faint:#666;--line:#ddd;--mark:#eef4fa;--page:#fff}
@@ -151,18 +151,19 @@ dt{font-weight:600;float:left;clear:left} dd{margin-left:14rem;overflow-wrap:any
 {% for group, columns in groups.items() %}<h2>{{ group }}</h2><table><tr><th></th>{% for c in columns %}<th>{{ c }}{% if c in less %} ↓{% endif %}</th>{% endfor %}</tr>
 {% for r in report.rows %}<tr class="{{ r.role }}"><td>{{ r.name }}<span class="iv">{{ r.role }}</span></td>{% for c in columns %}<td>{% if c in r.scores %}{% set s = r.scores[c] %}{{ '%.3f' % s.value }}<span class="iv">{{ '%.3f – %.3f' % (s.low, s.high) }}</span>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</table>{% endfor %}
-{% for name, uri in figures.items() %}<h2>{{ name }}</h2><figure><img alt="{{ name }}" src="{{ uri }}"><figcaption>{{ captions[name] }}</figcaption></figure>
+{% for name, (uri, width) in figures.items() %}<h2>{{ name }}</h2><figure><img alt="{{ name }}" width="{{ width }}" src="{{ uri }}"><figcaption>{{ captions[name] }}</figcaption></figure>
 {% endfor %}<h2>What was evaluated</h2><dl>{% for k, v in facts.items() %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl></html>""", autoescape=True)
 
 def page(
     report:Report,
-    figures:dict # from `draw`
+    pngs:dict # title -> bytes of a picture with 150 dots an inch
 ) -> str:
     "The report as HTML, pictures included"
     return PAGE.render(title=f"{report.facts['task']}: {report.facts['judged']} between floor and ceiling", report=report, facts=report.facts, captions=CAPTIONS, less=LESS_IS_MORE,
-                       groups={g: c for g, among in GROUPS.items() if (c := report.columns(among))}, figures={k: fig_to_uri(f) for k, f in figures.items()})
+                       groups={g: c for g, among in GROUPS.items() if (c := report.columns(among))}, 
+                       figures={k: (png_to_uri(p), int.from_bytes(p[16:20])*2//3) for k, p in pngs.items()}) # at 100 dots an inch: a PNG has its width in these bytes
 
-# %% ../nbs/14a_report.ipynb #6aee32d5
+# %% ../nbs/14a_report.ipynb #89fb59a3
 def table(report:Report) -> str: # CSV
     "One line for each row and measure"
     out = io.StringIO(newline="")
@@ -178,10 +179,12 @@ def write_report(
     "Write the report, each file whole"
     folder = Path(folder)
     with plt.rc_context(): use_style(); figures = draw(report, images)
+    pngs = {name: fig_to_png(fig, 150) for name, fig in figures.items()}
     for name, fig in figures.items():
-        for ending in ("png", "svg"):
-            with atomic_path(folder/"figures"/f"{name.lower()}.{ending}") as tmp: fig.savefig(tmp, format=ending, dpi=150, bbox_inches="tight", metadata={"Date": None} if ending == "svg" else None)
-    for name, text in (("report.csv", table(report)), ("report.html", page(report, figures))):
+        with atomic_path(folder/"figures"/f"{name.lower()}.png") as tmp: tmp.write_bytes(pngs[name])
+        fig.set_layout_engine("none") # has done its work with the first drawing, and takes a third of the next one's time
+        with atomic_path(folder/"figures"/f"{name.lower()}.svg") as tmp: fig.savefig(tmp, format="svg", dpi=150, bbox_inches="tight", metadata={"Date": None})
+    for name, text in (("report.csv", table(report)), ("report.html", page(report, pngs))):
         with atomic_path(folder/name) as tmp: tmp.write_text(text, encoding="utf-8", newline="")
     write_json(folder/"report.json", report.to_dict())
     for p in folder.glob("parts-*"): shutil.rmtree(p)

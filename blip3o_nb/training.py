@@ -86,7 +86,7 @@ def device_of(config):
     if config.device == "cuda" and not torch.cuda.is_available(): raise InputError("device is cuda, and torch finds no CUDA device here: leave it out")
     return None if config.device == "" and not torch.cuda.is_available() else f"cuda:{torch.cuda.current_device()}" if config.device != "cpu" else "cpu"
 
-# %% ../nbs/13e_training.ipynb #074f9901
+# %% ../nbs/13e_training.ipynb #0eaee198
 def model_of(
     config:TrainingConfig,
     dls # from `loaders`
@@ -112,7 +112,7 @@ def learner_of(
     watch = [MonitorCallback(1 if c.debug_mode else c.monitor_every), NotesCallback(), CheckpointCallback(out/"states", c.checkpoint_every, c.keep, resume=not c.fresh), DistributedCallback(c.strategy)]
     if c.eval_samples: watch.append(GenerationCallback(c.eval_every, c.overfit_test_size or c.eval_samples, c.same_data_eval or bool(c.overfit_test_size), out/"best"))
     if c.tracker: watch.append(TrackerCallback(c.tracker, out))
-    options = dict(loss_space=c.loss_space or c.prediction_type, regularization_weight=c.regularization_weight, sphere_constraint_weight=c.sphere_constraint_weight,
+    options = dict(loss_space=c.loss_space or model.config.prediction_type, regularization_weight=c.regularization_weight, sphere_constraint_weight=c.sphere_constraint_weight,
                    **{k: getattr(c, k) for k in ("velocity_scale", "output_scale") if getattr(c, k)})
     return flow_learner(dls, model, path=path, times=c.noise_schedule, shift=c.shift or dimension_shift(n, d), min_noise_level=c.min_noise_level, max_noise_level=c.max_noise_level,
                         cls_weight=c.cls_weight, lr=c.learning_rate or width_lr(model.config.hidden_size), wd=c.weight_decay, betas=(c.adam_beta1, c.adam_beta2), ema=c.ema, clip=c.max_grad_norm,

@@ -7,7 +7,7 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/viz.html.md"""
 # %% auto #0
 __all__ = ['CYCLE', 'FLOOR', 'CEILING', 'ROLES', 'Mark', 'mark_of', 'marks', 'use_style', 'as_array', 'show_images', 'token_map',
            'token_rgb', 'smoothed', 'plot_curve', 'plot_hist', 'parts', 'plot_bars', 'gallery', 'fig_to_png',
-           'fig_to_uri']
+           'png_to_uri']
 
 # %% ../nbs/01_viz.ipynb #1d345cea
 import base64, io, re, textwrap
@@ -240,7 +240,7 @@ def gallery(
     for ax, title in zip(axs[0], ("held out", "by its real tokens", "by generated tokens")): ax.set_title(title, fontsize="small")
     return axs
 
-# %% ../nbs/01_viz.ipynb #5f85d77e
+# %% ../nbs/01_viz.ipynb #b6783b46
 def fig_to_png(
     fig,        # a figure, or axes of it
     dpi:int=100
@@ -250,6 +250,6 @@ def fig_to_png(
     getattr(fig, "figure", fig).savefig(buf, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
     return buf.getvalue()
 
-def fig_to_uri(fig, dpi:int=100) -> str:
-    "A figure as a `data:` address, which goes where HTML takes the address of a picture"
-    return "data:image/png;base64," + base64.b64encode(fig_to_png(fig, dpi)).decode()
+def png_to_uri(png:bytes) -> str:
+    "A picture as a `data:` address, which goes where HTML takes the address of one"
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -7,10 +7,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count()//2))) # two processes at a time: more threads than cores wait for each other
 
-SERVER = """
+LIBRARIES = "torch, torchvision, fastai.learner, fastai.callback.schedule, open_clip, transformers, timm, seaborn, pandas" # that most notebooks load; nothing of this package
+
+SERVER = f"""
 import os, sys
 from nbdev.test import nbdev_test
-import torch, torchvision, fastai.learner, fastai.callback.schedule, open_clip, transformers, timm, seaborn, pandas # libraries that most notebooks load; nothing of this package
+import {LIBRARIES}
 for line in sys.stdin:
     path, out = line.rstrip().split(chr(9))
     if not (pid := os.fork()):

@@ -1,20 +1,43 @@
-"""`blip3o_demo` from a shell: what a small run leaves behind, a second run, what bad input does (unknown names stand in 16_cli); and the full run's figures."""
-import json, os, subprocess, sys, time
+"""`blip3o_demo` from a shell: what a small run leaves behind, a second run, the same from the built wheel, what bad input does (unknown names stand in 16_cli), the help of every program; and the full run's figures."""
+import configparser, io, json, os, re, shutil, subprocess, sys, sysconfig, time, venv
+from contextlib import redirect_stderr
 from pathlib import Path
+from unittest.mock import patch
 import pytest
 import torch
 
-BIN = Path(sys.executable).parent
-SMALL = ["--limit", "192", "--epochs", "2", "--bs", "32"]
+ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
+SMALL = ["--limit", "96", "--epochs", "1"]
+
+settings = configparser.ConfigParser(delimiters=["="]); settings.read(ROOT/"settings.ini")
+PROGRAMS = [line.split("=")[0] for line in settings["DEFAULT"]["console_scripts"].split() if line.startswith("blip3o_")]
+
+def run(*cmd, cwd): return subprocess.run(list(map(str, cmd)), cwd=cwd, capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+
+def wheel_of(folder):
+    source = folder/"source" # building leaves files behind
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "_docs", "_proc", "build", "*.egg-info", "nbs", "tests"))
+    r = run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source, cwd=folder)
+    assert r.returncode == 0, r.stderr
+    return next(folder.glob("*.whl"))
+
+def demo_in(env, folder, *args):
+    "Nothing but `runs` appears in the folder"
+    folder.mkdir()
+    r = run(env/"bin/blip3o_demo", *args, cwd=folder)
+    assert r.returncode == 0, r.stderr
+    assert (folder/"runs/demo/report.html").exists() and [p.name for p in folder.iterdir()] == ["runs"]
+    return folder/"runs/demo"
 
 def demo(*args, **env):
     return subprocess.run([str(BIN/"blip3o_demo"), *map(str, args)], capture_output=True, text=True, env={**os.environ, **env})
 
-def refused(r, *words):
-    "Exit code 2 and one line on stderr that has these words"
-    assert r.returncode == 2, r.stderr
-    assert len(r.stderr.splitlines()) == 1, r.stderr
-    assert all(w in r.stderr for w in words), r.stderr
+def refused(args, *words):
+    "Exit code 2 and one line on stderr that has these words; in this process, which has the libraries already"
+    from blip3o_nb.cli import blip3o_demo
+    with patch.object(sys, "argv", ["blip3o_demo", *map(str, args)]), redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as e: blip3o_demo()
+    said = err.getvalue()
+    assert e.value.code == 2 and len(said.splitlines()) == 1 and all(w in said for w in words), said
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
@@ -22,13 +45,6 @@ def small(tmp_path_factory):
     r = demo("--out", out, *SMALL)
     assert r.returncode == 0, r.stderr
     return out
-
-def test_help_is_quick():
-    took = []
-    for _ in range(5): # other tests may keep both cores busy
-        start = time.time(); r = demo("--help"); took.append(time.time() - start)
-    assert r.returncode == 0 and "--fresh" in r.stdout
-    assert min(took) < 2
 
 def test_small_run_leaves_report_and_checkpoint(small):
     page = (small/"report.html").read_text()
@@ -53,32 +69,61 @@ def test_second_run_reuses(small):
     assert r.stdout.count("there already") == 4, r.stdout
     assert before == {f: f.stat().st_mtime_ns for f in before}
 
-def test_same_seed_same_figures(small, tmp_path):
-    r = demo("--out", tmp_path/"again", *SMALL)
+def test_wheel_does_the_same_in_an_empty_folder(small, tmp_path):
+    "Installed into an environment with the libraries of this one (without what is installed for editing), it ends at the same figures"
+    env, wheel = tmp_path/"env", wheel_of(tmp_path)
+    venv.create(env, with_pip=False)
+    here = next((env/"lib").glob("python*/site-packages"))
+    (here/"libraries.pth").write_text(sysconfig.get_path("purelib"))
+    r = run(sys.executable, "-m", "pip", "--python", env/"bin/python", "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
-    a, b = (json.loads((d/"report.json").read_text())["rows"] for d in (small, tmp_path/"again"))
+    r = run(env/"bin/python", "-c", "import blip3o_nb; print(blip3o_nb.__file__)", cwd=tmp_path)
+    assert str(env) in r.stdout, r.stdout + r.stderr
+    a, b = (json.loads((d/"report.json").read_text())["rows"] for d in (small, demo_in(env, tmp_path/"empty", *SMALL)))
     assert a == b
 
+@pytest.mark.slow
+def test_wheel_with_its_own_libraries(tmp_path):
+    env, uv = tmp_path/"env", BIN/"uv"
+    if not uv.exists(): pytest.skip("uv is not installed")
+    wheel = wheel_of(tmp_path)
+    venv.create(env, with_pip=False)
+    r = run(uv, "pip", "install", "--quiet", "--python", env/"bin/python", wheel, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    demo_in(env, tmp_path/"empty", *SMALL)
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help(program, tmp_path):
+    took = []
+    for _ in range(3): # other tests may keep both cores busy
+        start = time.time(); r = run(Path(sys.executable).parent/program, "--help", cwd=tmp_path); took.append(time.time() - start)
+    assert r.returncode == 0 and min(took) < 2, took
+    groups = re.findall(r"^([a-z][^\n]*):$", r.stdout, re.M)
+    assert len(groups) >= 3, groups
+    body = re.sub(r"\s+", " ", r.stdout.partition("options:")[2])
+    for option in re.split(r" (?=--[a-z])", body)[1:]: assert "(default:" in option or option.startswith("--help"), option
+    assert not list(tmp_path.iterdir())
+
 def test_checkpoint_of_another_task_is_refused(small):
-    refused(demo("--out", small, *SMALL, "--task", "eva_reproduction"), "clip_generation", "--fresh")
+    refused(["--out", small, *SMALL, "--task", "eva_reproduction"], "clip_generation", "--fresh")
 
 def test_other_options_are_refused(small):
-    refused(demo("--out", small, *SMALL, "--lr", "0.5"), "lr", "--fresh")
+    refused(["--out", small, *SMALL, "--lr", "0.5"], "lr", "--fresh")
 
 def test_corrupt_tar_is_refused(tmp_path):
     from blip3o_nb.core import data_path
     good = data_path("openclipart.tar.gz").read_bytes()
     bad = tmp_path/"bad.tar"
     bad.write_bytes(b"this is no tar" * 1000)
-    refused(demo("--out", tmp_path/"run", "--images", bad), "bad.tar")
+    refused(["--out", tmp_path/"run", "--images", bad], "bad.tar")
     cut = tmp_path/"cut.tar.gz"
     cut.write_bytes(good[:len(good)//50])
-    refused(demo("--out", tmp_path/"run2", "--images", cut), "cut.tar.gz")
+    refused(["--out", tmp_path/"run2", "--images", cut], "cut.tar.gz")
     assert not (tmp_path/"run").exists() and not (tmp_path/"run2").exists()
 
 def test_unwritable_folder_is_refused(tmp_path):
     (tmp_path/"file").write_text("")
-    refused(demo("--out", tmp_path/"file"/"run"), "--out")
+    refused(["--out", tmp_path/"file"/"run"], "--out")
 
 @pytest.mark.slow
 def test_full_demo_reaches_its_bar(tmp_path):

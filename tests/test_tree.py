@@ -1,8 +1,7 @@
 """Export and clean leave the tree as it is, and each module imports by itself."""
 import shutil, subprocess, sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import pytest
+from conftest import LIBRARIES
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(p.stem for p in (ROOT/"blip3o_nb").glob("*.py") if not p.stem.startswith("_"))
@@ -24,12 +23,19 @@ def test_export_clean_and_readme_change_nothing(tmp_path):
     changed = [f for f, b in snapshot(copy).items() if before.get(f) != b]
     assert not changed, f"run nbdev-export, nbdev-clean and readme.py, then commit: {changed}"
 
-@pytest.fixture(scope="module")
-def imports():
-    "Each module in a process of its own, two at a time: an import keeps one core busy"
-    alone = lambda m: run(sys.executable, "-W", "error::SyntaxWarning", "-c", f"import blip3o_nb.{m}")
-    with ThreadPoolExecutor(2) as pool: return dict(zip(MODULES, pool.map(alone, MODULES)))
+IMPORTS = f"""
+import importlib, os, sys, traceback
+import {LIBRARIES}
+for module in sys.argv[1:]:
+    if not (pid := os.fork()):
+        try: importlib.import_module(f"blip3o_nb.{{module}}"); os._exit(0)
+        except BaseException: print(module, traceback.format_exc(), flush=True); os._exit(1)
+    os.waitpid(pid, 0)
+print("done")
+"""
 
-@pytest.mark.parametrize("module", MODULES)
-def test_module_imports_alone(module, imports):
-    assert imports[module].returncode == 0, imports[module].stderr
+def test_each_module_imports_alone():
+    "In a process in which no other module of the package was imported; the libraries were, for the ten seconds that they take"
+    assert MODULES
+    r = run(sys.executable, "-W", "error::SyntaxWarning", "-c", IMPORTS, *MODULES)
+    assert r.stdout == "done\n", r.stdout + r.stderr
