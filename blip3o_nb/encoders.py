@@ -119,7 +119,7 @@ def load_transformers(
     hub = not Path(source).is_dir()
     if revision and not hub: raise InputError(f"{source} is a folder and has no revisions: leave revision out")
     if trust_remote_code and hub and not re.fullmatch("[0-9a-f]{40}", revision or ""):
-        raise InputError(f"code of {source} is run at one commit only: read it, and pass revision= with the 40 digits that 'git ls-remote https://huggingface.co/{source} HEAD' prints")
+        raise InputError(f"code of {source} is run at one commit only: read it, and give the revision, the 40 digits that 'git ls-remote https://huggingface.co/{source} HEAD' prints")
     with loading(source): config = PretrainedConfig.get_config_dict(source, revision=revision)[0]
     if trust_remote_code and "auto_map" in config: return load_remote(source, revision, config["auto_map"])
     if config.get("model_type") != "clip" or "auto_map" in config:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from .core import HELD_OUT, InputError, Task, atomic_path, get_task, named_generator, read_json, write_json
 from .dit import BLIP3oDiT
+from .nextdit import NextDiT
 from .paths import make_path, path_dict
 from .samplers import sample
 from .loading import Normalizer
@@ -101,7 +102,7 @@ def encoder(self:Pipeline, which:str): # "clip" or "eva"
     from blip3o_nb.encoders import load_encoder
     if which not in self.encoders:
         c = self.contract[which]
-        if not all(c.get(k) for k in ("model", "stage", "layout")): raise InputError(f"the checkpoint does not know which encoder made its {which} features: load it and give it to `use`")
+        if not all(c.get(k) and c[k] != "unknown" for k in ("model", "stage", "layout")): raise InputError(f"the checkpoint does not know which encoder made its {which} features: load it and give it to `use`")
         self.use(**{which: load_encoder(c["model"], stage=c["stage"], layout=c["layout"], device=self.device)})
     return self.encoders[which]
 
@@ -155,13 +156,13 @@ def save_checkpoint(
     **training           # facts of the run, kept in `flow.json`
 ) -> Path:
     "Store the averaged weights and all that sampling needs"
-    folder = Path(folder)
+    folder, path = Path(folder), path_dict(learn.flow.path)
     (folder/"flow.json").unlink(missing_ok=True)
     learn.ema_model.module.save_pretrained(folder)
     norms = {"target": learn.flow.target_norm, "cond": learn.flow.cond_norm}
     with atomic_path(folder/"normalizers.safetensors") as tmp:
         save_file({f"{k}.{n}": v.cpu().contiguous() for k, m in norms.items() for n, v in m.state_dict().items()}, tmp)
-    write_json(folder/"flow.json", dict(format=1, task=learn.dls.task.name, objective=learn.objective, path=path_dict(learn.flow.path),
+    write_json(folder/"flow.json", dict(format=1, task=learn.dls.task.name, objective=learn.objective, path=path,
         target_norm=norms["target"].mode, cond_norm=norms["cond"].mode, target_shape=list(norms["target"].shape),
         cond_shape=list(norms["cond"].shape), method=method, steps=steps, held_out=learn.dls.share, contract=learn.dls.contract, training=training))
     return folder
@@ -184,7 +185,8 @@ def from_pretrained(cls:Pipeline,
         norms.append(Normalizer(f[f"{k}_norm"], shape=f[f"{k}_shape"]))
         norms[-1].load_state_dict({n.removeprefix(f"{k}."): v for n, v in state.items() if n.startswith(f"{k}.")})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = cls(BLIP3oDiT.from_pretrained(folder).to(device), f["task"], *[n.to(device) for n in norms], f["contract"],
+    network = NextDiT if "NextDiT" in read_json(folder/"config.json").get("architectures", []) else BLIP3oDiT
+    pipe = cls(network.from_pretrained(folder).to(device), f["task"], *[n.to(device) for n in norms], f["contract"],
                path=make_path(**f["path"]), objective=f["objective"], method=f["method"], steps=f["steps"], training=f["training"], held_out=f.get("held_out", HELD_OUT))
     pipe.folder = folder
     return pipe

@@ -216,8 +216,9 @@ def quality_notes(
     notes = [Note("warning", *x) for rule in (data_notes, answer_notes, step_notes, loss_notes) for x in rule(s, L)]
     if notes: return notes
     (first, _, last, _), own, other = s.losses(), *s.all("probe_own", "probe_other")
+    worse = s.thirds(other/np.maximum(own, 1e-12))[-1] # nan where a short training was not probed so late
     return [Note("healthy", "all", f"loss {first:.3g} to {last:.3g}, velocity cosine {s.late('cosine'):.2f} ({s.late('trivial_cosine'):.2f} for minus the noise), "
-                                   f"{s.thirds(other/np.maximum(own, 1e-12))[-1]:.1f} times the error with another picture's conditioning, steps of {s.late('update_ratio'):.1%} of the weights")]
+                                   + f"{worse:.1f} times the error with another picture's conditioning, "*bool(np.isfinite(worse)) + f"steps of {s.late('update_ratio'):.1%} of the weights")]
 
 # %% ../nbs/12b_monitors.ipynb #f393923b
 def _panels(r):

@@ -68,7 +68,7 @@ class NextDiTConfig(Config):
     qk_norm: bool = True
     norm_eps: float = 1e-5
     time: str = "blip3o"            # "lumina": the network's time is t; "blip3o": it is 1000(1-t), and the answer points to the noise
-    prediction_type = "velocity"
+    prediction_type, feature_scale = "velocity", 1. # what a learner asks of every configuration
 
     def __post_init__(self):
         self.check_positive(but=("project_cond", "qk_norm", "time"))

@@ -186,7 +186,8 @@ class SlerpPath:
 PATHS = dict(linear=LinearPath, slerp=SlerpPath)
 
 def path_dict(path) -> dict:
-    "A path as plain values, `name` among them, for a configuration file"
+    "A path as plain values, `name` among them, for a configuration file; raises `InputError` for a class that has no name"
+    if type(path) not in PATHS.values(): raise InputError(f"{type(path).__name__} has no name to be stored under: PATHS['{type(path).__name__.lower()}'] = {type(path).__name__} gives it one")
     return dict(name=next(k for k, c in PATHS.items() if type(path) is c), **asdict(path))
 
 def make_path(name:str="linear", **options): # the inverse of `path_dict`

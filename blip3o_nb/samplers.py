@@ -9,6 +9,7 @@ __all__ = ['METHODS', 'SINGULAR', 'Rule', 'combine', 'rk_step', 'guide', 'Veloci
            'start_noise', 'SampleInfo', 'sample']
 
 # %% ../nbs/09_samplers.ipynb #fb939d94
+from inspect import signature
 from itertools import pairwise
 from typing import NamedTuple
 import torch
@@ -142,7 +143,7 @@ def sample(
     guidance_scale:float=1.,# how far to go from the answer without conditioning past the one with it; 1 is no guidance
     guidance_interval:tuple=(0., 1.), # times at which to guide
     guidance_rescale:float=0., # 0 to 1: how far to bring guided velocities back to the spread of unguided ones
-    null=None,              # what stands for no conditioning; default: `model.cond_cache(cond, drop)`, all dropped
+    null=None,              # what stands for no conditioning; default: `model.cond_cache(cond, drop)`, all dropped, where the model has it
     generator:torch.Generator=None, # for the noise
     progress:bool=False,
     return_info:bool=False  # return `(x1, SampleInfo)`
@@ -152,7 +153,7 @@ def sample(
     p = check_prediction_type(prediction_type or getattr(getattr(model, "config", None), "prediction_type", "velocity"))
     ts, x = time_grid(1 if method == "dopri5" else steps, times), start_noise(model, cond, path, x0, shape, generator)
     if guidance_scale != 1. and null is None and cond is not None:
-        if not hasattr(model, "cond_cache"): raise InputError("guidance needs an answer without conditioning: give null")
+        if "drop" not in signature(getattr(model, "cond_cache", len)).parameters: raise InputError("guidance needs an answer without conditioning: give null")
         null = model.cond_cache(cond, torch.ones(len(cond), dtype=torch.bool, device=cond.device))
     field = VelocityField(model, model.cond_cache(cond) if hasattr(model, "cond_cache") else cond, path, p,
                           null, guidance_scale, guidance_interval, guidance_rescale)

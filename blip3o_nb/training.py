@@ -76,9 +76,9 @@ def check_layout(
     "Raise `InputError` where the features have another layout"
     n = dls.train_ds.shape(dls.task.target)[0]
     have = layout_of(n)
-    is_ = "cls_patch" if have.has_cls else "patch_only" if have.grid > 8 else f"grid_{n}"
+    is_ = "cls_patch" if have.has_cls else "patch_only"
     fits = not name or name == is_ or (not have.has_cls and name in ("patch_only", f"grid_{n}"))
-    if not fits: raise InputError(f"training_mode is {name}, the features are {is_} with {n} tokens: leave it out, or make others with blip3o_extract --layout {name} or blip3o_convert --layout {name}")
+    if not fits: raise InputError(f"training_mode is {name}, the features are {is_} with {n} tokens: leave it out, or make others with blip3o_extract --layout {name}")
 
 def device_of(config):
     "The device of this process; raises `InputError` for one that is not there"
@@ -179,7 +179,7 @@ def summary(learn, config:TrainingConfig) -> dict:
         scores = {"held-out cosine": r["gen_cosine"][-1], "held-out centred cosine": r["gen_centred"][-1], "band": quality_band(learn.dls.task.target, r["gen_cosine"][-1])}
         if "gen_train_centred" in r: scores |= {"training cosine": r["gen_train_cosine"][-1], "training centred cosine": r["gen_train_centred"][-1]}
         if config.overfit_test_size: scores["overfit test passed"] = scores["training cosine"] > OVERFIT_COSINE
-    return dict(task=config.task, steps=learn.train_iter, loss=r["valid_loss"][-1], **scores, pictures=config.eval_samples, seed=config.seed, notes=[str(n) for n in quality_notes(r)] if r.get("monitor_step") else [])
+    return dict(task=config.task, steps=learn.train_iter, loss=r["valid_loss"][-1], **scores, pictures=learn.generation.judged if scores else 0, seed=config.seed, notes=[str(n) for n in quality_notes(r)] if r.get("monitor_step") else [])
 
 def thin(record:dict, n:int=2000) -> dict:
     "Losses and scores of a record, at most so many points of each, evenly spread; what monitors added stays in the last state"

@@ -37,7 +37,9 @@ class GenerationCallback(Callback):
         best:Path|None=None, # folder for the best weights so far, in the form that `Pipeline` loads
         method:str="euler", steps:int=4, seed:int=0
     ): self.every, self.n, self.same_data, self.best, self.how = every, n, same_data, best, dict(method=method, steps=steps, seed=seed)
-    def before_fit(self): self.record.update({"gen_step": [], "gen_cosine": [], "gen_centred": [], **({"gen_train_cosine": [], "gen_train_centred": []} if self.same_data else {})})
+    def before_fit(self):
+        self.judged = min(self.n, len(self.dls.valid.dataset)) # held-out pictures that are generated
+        self.record.update({"gen_step": [], "gen_cosine": [], "gen_centred": [], **({"gen_train_cosine": [], "gen_train_centred": []} if self.same_data else {})})
     def after_validate(self):
         if (self.epoch + 1) % self.every and self.epoch + 1 < self.n_epoch: return
         with whole_average(self.learn): self.judge(Pipeline.from_learner(self.learn))
