@@ -87,6 +87,17 @@ def get(hub, out, **kw): return download(REPO, out, endpoint=hub.url, progress=F
 def whole(hub, out, commit=A): return {p: (out/p).read_bytes() == d for p, d in hub.commits[commit].items() if (out/p).exists()}
 def parts(out): return {p.name.split(".tar")[0]: p.stat().st_size for p in (out/".download").rglob("*.part")}
 
+# the command
+
+def test_earlier_command(hub, tmp_path, monkeypatch):
+    "`python src/data_hand/download_data.py` has no options: the default dataset, into data/ and its name"
+    from blip3o_nb.cli import blip3o_download
+    for k in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"): monkeypatch.setattr(constants, k, getattr(constants, k).replace(constants._HF_DEFAULT_ENDPOINT, hub.url))
+    monkeypatch.chdir(tmp_path); monkeypatch.setattr("sys.argv", ["blip3o_download", "--yes"])
+    blip3o_download()
+    assert set(whole(hub, tmp_path/"data/BLIP3o-Pretrain-Short-Caption").values()) == {True}
+    assert {r.path.split("/api/datasets/")[1].split("/re")[0] for r in hub.asked if "/api/" in r.path} >= {"BLIP3o/BLIP3o-Pretrain-Short-Caption"}
+
 # the connection
 
 def test_reset_resumes_in_the_next_run(hub, tmp_path):

@@ -39,3 +39,24 @@ def test_each_module_imports_alone():
     assert MODULES
     r = run(sys.executable, "-W", "error::SyntaxWarning", "-c", IMPORTS, *MODULES)
     assert r.stdout == "done\n", r.stdout + r.stderr
+
+SITE = f"""
+import os, sys, warnings
+import {LIBRARIES}
+from pathlib import Path
+from nbdev.process import NBProcessor
+from nbdev.processors import add_show_docs, exec_show_docs, populate_language
+os.chdir("nbs"); said = os.dup(1)
+for path in sorted(Path().glob("*.ipynb")):
+    if not (pid := os.fork()):
+        for n in (1, 2): os.dup2(os.open(os.devnull, os.O_WRONLY), n)
+        try: NBProcessor(path, [populate_language, add_show_docs, exec_show_docs], rm_directives=False).process()
+        except Exception as e: os.write(said, f"{{path}}: {{e}}\\n".encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+
+def test_the_site_can_be_made():
+    "nbdev runs the cells that export or import, and those only, for the documentation: an import stands in a cell that needs no other"
+    r = run(sys.executable, "-c", SITE)
+    assert r.returncode == 0 and not r.stdout, r.stdout + r.stderr
