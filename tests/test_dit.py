@@ -9,7 +9,7 @@ from blip3o_nb.samplers import sample
 
 FEW = dict(num_tokens=5, clip_embedding_size=16, eva_embedding_size=24) # the preset's own network, few and narrow tokens
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ("large", "nextdit") else n for n in PRESETS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ("base", "large", "nextdit") else n for n in PRESETS])
 def test_no_parameter_is_dead_after_three_steps(name):
     seed_everything(0)
     dtype = torch.bfloat16 if name == "nextdit" else torch.float32 # two billion parameters and their gradients: 8 GB, not 16

@@ -1,6 +1,7 @@
 """Export and clean leave the tree as it is, and each module imports by itself."""
 import shutil, subprocess, sys
 from pathlib import Path
+import pytest
 from conftest import LIBRARIES
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +57,8 @@ for path in sorted(Path().glob("*.ipynb")):
     os.waitpid(pid, 0)
 """
 
+@pytest.mark.slow
 def test_the_site_can_be_made():
-    "nbdev runs the cells that export or import, and those only, for the documentation: an import stands in a cell that needs no other"
+    "As `make docs` does: nbdev runs the cells that export or import, and those only, for the documentation: an import stands in a cell that needs no other"
     r = run(sys.executable, "-c", SITE)
     assert r.returncode == 0 and not r.stdout, r.stdout + r.stderr
