@@ -5,7 +5,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test lab docs bench lock clean
+.PHONY: demo test faults lab docs bench lock clean
 
 $(STAMP): requirements.lock settings.ini pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,9 @@ demo: $(STAMP)       ## images to report, offline, in runs/demo
 
 test: $(STAMP)       ## notebooks, modules, commands
 	$(PY) -m pytest $(TESTS)
+
+faults: $(STAMP)     ## every fault in its full number; the table of nbs/reliability.ipynb is made of it
+	$(PY) -m pytest -m fault --faults nbs/faults.json
 
 lab: $(STAMP)        ## the notebooks in JupyterLab
 	$(VENV)/bin/jupyter lab nbs

@@ -1,5 +1,5 @@
-"""Notebooks are started with the first test, so that both cores have work."""
-import os, subprocess, sys, tempfile, threading, time
+"""Notebooks are started with the first test, so that both cores have work; faults are counted, for the table of the documentation."""
+import json, os, platform, subprocess, sys, tempfile, threading, time
 from concurrent.futures import Future
 from pathlib import Path
 import pytest
@@ -55,3 +55,28 @@ def runs(request):
     runs = Runs([i.callspec.params["path"] for i in request.session.items if i.path.name == "test_notebooks.py"]).start()
     yield runs
     runs.todo.clear()
+
+def pytest_addoption(parser): parser.addoption("--faults", metavar="FILE", help="provoke faults in their full number and write what came of them to FILE")
+
+@pytest.fixture(scope="session")
+def times(request):
+    "How often a fault is provoked: `times(few, many)` is `many` in the full form"
+    return lambda few, many: many if request.config.getoption("--faults") else few
+
+FAULTS = {} # test -> (its mark, {case: [provoked, passed]})
+
+@pytest.fixture(autouse=True)
+def _fault(request):
+    mark = request.node.get_closest_marker("fault")
+    if mark: FAULTS.setdefault(f"{request.node.path.relative_to(ROOT)}::{request.node.originalname}", (mark.args, {}))
+    yield
+
+def pytest_runtest_logreport(report):
+    test = FAULTS.get(report.nodeid.partition("[")[0])
+    if test and report.when == "call" and not report.skipped: test[1][report.nodeid] = [int(dict(report.user_properties).get("provoked", 1)), int(report.passed)]
+
+def pytest_sessionfinish(session):
+    file = session.config.getoption("--faults")
+    if not file: return
+    rows = [dict(zip(("fault", "where", "outcome"), args), test=test, provoked=sum(n for n, _ in cases.values()), survived=sum(n*ok for n, ok in cases.values())) for test, (args, cases) in sorted(FAULTS.items()) if cases]
+    Path(file).write_text(json.dumps(dict(machine=f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}", faults=rows), indent=1) + "\n")

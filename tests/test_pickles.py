@@ -193,6 +193,7 @@ def extension():
     yield
     copyreg.remove_extension("os", "system", 0xf1)
 
+@pytest.mark.fault("pickle that asks for code", "conversion", "refused, by the name of what it asked for")
 @pytest.mark.parametrize("route", NAMES)
 def test_code_is_refused_by_name(route, tmp_path, extension):
     data, name = code(tmp_path/"marker")[route]
