@@ -91,7 +91,9 @@ def _to_shards(src, dst, dtype, shard_size, contract, layout):
                 continue
             s = read_pickle_shard(f)
             c = json.loads(json.dumps(_describe(s, f, layout, contract)))
-            if w is None: w, first, about = stack.enter_context(ShardWriter(dst, c, dtype=dtype or "bf16", shard_size=shard_size)), f, c
+            if w is None:
+                w, first, about = stack.enter_context(ShardWriter(dst, c, dtype=dtype or "bf16", shard_size=shard_size)), f, c
+                if w.done: w.publish(); have = FeatureDataset(dst); row = {k: i for i, k in enumerate(have.keys)} # a run that was killed may have left shards that the manifest does not list
             if diff := next(((n, k) for n in ("clip", "eva") for k in c[n] if c[n][k] != about[n].get(k)), None):
                 n, k = diff
                 raise InputError(f"{f} has {n} features with {k} = {shown(c[n][k])}, {first} with {shown(about[n].get(k))}: convert them into folders of their own")

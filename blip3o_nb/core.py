@@ -6,17 +6,20 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['TASKS', 'HELD_OUT', 'InputError', 'Task', 'get_task', 'Layout', 'layout_of', 'to_layout', 'expand_t', 'key_fraction',
-           'is_held_out', 'seed_everything', 'named_generator', 'atomic_path', 'write_json', 'read_json', 'ranks',
-           'data_path', 'toy_features', 'Config']
+           'is_held_out', 'seed_everything', 'named_generator', 'atomic_path', 'write_json', 'read_json', 'tensor_seal',
+           'save_tensors', 'load_tensors', 'sha256_file', 'check_sum', 'ranks', 'reading_ahead', 'data_path',
+           'toy_features', 'Config']
 
 # %% ../nbs/00_core.ipynb #01fbdc5a
-import hashlib, json, os, random, tempfile
+import functools, hashlib, json, os, random, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, asdict, fields
 from math import isqrt
 from pathlib import Path
 import numpy as np
-import torch
+import torch, xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 # %% ../nbs/00_core.ipynb #51994231
 class InputError(ValueError):
@@ -153,15 +156,70 @@ def atomic_path(
     finally: Path(tmp).unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #b1d12239
+def _seal(obj): return hashlib.sha256(json.dumps({k: v for k, v in obj.items() if k != "seal"}, sort_keys=True).encode()).hexdigest()
+
 def write_json(path:str|Path, obj, staging:str|Path|None=None) -> None:
-    "Write `obj` as JSON, whole or not at all"
+    "Write `obj` as JSON, whole or not at all; a dictionary gets a `seal`, the checksum of the rest"
+    if isinstance(obj, dict): obj = json.loads(json.dumps(obj)); obj["seal"] = _seal(obj)
     with atomic_path(path, staging) as tmp: tmp.write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 def read_json(path:str|Path):
-    "Read a JSON file; raises `InputError` that names the file"
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    "Read a JSON file; raises `InputError` that names the file, also where its seal does not fit"
+    try: obj = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as e: raise InputError(f"no file {path}: check the path, or make it first") from e
-    except (OSError, ValueError) as e: raise InputError(f"cannot read {path}: {e}; delete it and make it again") from e
+    except (OSError, ValueError, RecursionError) as e: raise InputError(f"cannot read {path}: {e}; delete it and make it again") from e
+    if isinstance(obj, dict) and (seal := obj.pop("seal", None)) not in (None, _seal(obj)):
+        raise InputError(f"{path} does not match its seal: it was damaged or edited; restore it, or delete its entry \"seal\" if the change is yours")
+    return obj
+
+# %% ../nbs/00_core.ipynb #611df1c9
+def tensor_seal(tensors:dict, metadata:dict) -> str:
+    "Checksum of named tensors and of what is said about them"
+    h = xxhash.xxh3_128(json.dumps(metadata, sort_keys=True).encode())
+    for k in sorted(tensors):
+        t = tensors[k].detach().cpu().contiguous()
+        h.update(f"{k} {t.dtype} {list(t.shape)}".encode()); h.update(t.flatten().view(torch.uint8).numpy())
+    return h.hexdigest()
+
+def save_tensors(path:str|Path, tensors:dict, metadata:dict|None=None) -> None: # metadata: text by name
+    "Write a safetensors file, sealed, whole or not at all"
+    metadata = {"format": "pt", **(metadata or {})}
+    with atomic_path(path) as tmp:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, tmp, {**metadata, "seal": tensor_seal(tensors, metadata)})
+        with open(tmp, "r+b") as f: # the library writes what is said in an order that changes from run to run: the same content should be the same bytes
+            head = json.loads(f.read(n := int.from_bytes(f.read(8), "little"))); said = dict(sorted(head.pop("__metadata__").items()))
+            text = json.dumps({"__metadata__": said, **head}, separators=(",", ":"), ensure_ascii=False).encode()
+            assert len(text) <= n; f.seek(8); f.write(text.ljust(n))
+
+def load_tensors(path:str|Path) -> tuple: # (name -> tensor, metadata)
+    "Read a safetensors file; raises `InputError` that names the file, also where its seal does not fit"
+    try:
+        with safe_open(path, "pt") as f: metadata = f.metadata() or {}
+        tensors = load_file(path)
+    except FileNotFoundError as e: raise InputError(f"no file {path}: check the path, or make it first") from e
+    except (OSError, SafetensorError) as e: raise InputError(f"cannot read {path}: {e}; restore it, or delete it and make it again") from e
+    if (seal := metadata.pop("seal", None)) not in (None, tensor_seal(tensors, metadata)):
+        raise InputError(f"{path} does not match its seal: it was damaged after writing; restore it, or delete it and make it again")
+    return tensors, metadata
+
+# %% ../nbs/00_core.ipynb #a8fca7f9
+def sha256_file(path:str|Path) -> str:
+    "SHA-256 of a file's bytes"
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+@functools.lru_cache(maxsize=None)
+def _same_sum(path, size, mtime): # once for a file that does not change
+    try: lines = path.with_name("SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    except OSError: return
+    except UnicodeDecodeError: raise InputError(f"{path.with_name('SHA256SUMS')} is no text: restore it")
+    for line in lines:
+        want, _, name = line.partition("  ")
+        if name == path.name and want != sha256_file(path): raise InputError(f"{path} does not match its line in SHA256SUMS: it was damaged or changed; restore it, or make the list again with sha256sum")
+
+def check_sum(path:str|Path) -> None:
+    "Raise `InputError` where a list `SHA256SUMS` beside a file has another checksum for it"
+    path = Path(path); s = path.stat()
+    _same_sum(path, s.st_size, s.st_mtime_ns)
 
 # %% ../nbs/00_core.ipynb #51515727
 def ranks() -> tuple: # (rank, number of processes)
@@ -170,13 +228,22 @@ def ranks() -> tuple: # (rank, number of processes)
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)): raise InputError(f"RANK={rank} and WORLD_SIZE={world} name no process: unset both, or start with torchrun")
     return int(rank), int(world)
 
+@contextmanager
+def reading_ahead():
+    "Turn the end of a loader's process into an `InputError`"
+    try: yield
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e): raise
+        raise InputError("a process that reads ahead was killed, most often for want of memory: start the same command again, with fewer num_workers; what is complete is kept") from ChildProcessError(str(e))
+
 # %% ../nbs/00_core.ipynb #791adc2e
 def data_path(
     name:str # a file or folder under the package's `data`
 ) -> Path:
-    "Where a shipped file lies; raises `InputError` where the installation lacks it"
+    "Where a shipped file lies; raises `InputError` where the installation lacks it or it was damaged"
     p = Path(__file__).parent/"data"/name
     if not p.exists(): raise InputError(f"the package's data file '{name}' is missing at {p}: reinstall blip3o_nb")
+    for f in p.iterdir() if p.is_dir() else [p]: check_sum(f)
     return p
 
 # %% ../nbs/00_core.ipynb #81b706c3

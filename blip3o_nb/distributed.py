@@ -9,8 +9,9 @@ __all__ = ['Elsewhere', 'processes', 'everyone', 'together', 'Agreement', 'fsdp_
            'whole_average', 'full_state', 'load_full_state']
 
 # %% ../nbs/13a_distributed.ipynb #83dc5256
-import copy, os, sys
+import copy, os, re, sys
 from contextlib import contextmanager
+from datetime import timedelta
 import torch, torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,18 +31,22 @@ class Elsewhere(InputError):
 
 @contextmanager
 def processes(
-    device=None # default: CUDA where there is one
+    device=None,       # default: CUDA where there is one
+    timeout:float=1800 # seconds to wait for one that does not answer
 ): # the device of this process
-    "Join the processes that `torchrun` or `accelerate launch` started, and leave them at the end; alone, do nothing. Raises `InputError` for an environment in which they cannot meet"
+    "Join the processes that `torchrun` or `accelerate launch` started, and leave them at the end; alone, do nothing. Raises `InputError` for an environment in which they cannot meet, and where one of them is lost"
     (rank, world), device, local = ranks(), default_device(device), int(os.environ.get("LOCAL_RANK", 0))
     if device.type == "cuda" and world > 1:
         if local >= (n := torch.cuda.device_count()): raise InputError(f"process {local} of this machine has no GPU of its own, there are {n}: start {n} processes a machine, or choose device cpu")
         device = torch.device("cuda", local); torch.cuda.set_device(device)
     if world == 1 or dist.is_initialized(): yield device; return
     if missing := [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in os.environ]: raise InputError(f"WORLD_SIZE is {world} and {missing[0]} is not set: start with torchrun or accelerate launch")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
     try: yield device
     except Elsewhere: sys.exit(2)
+    except RuntimeError as e:
+        if not re.search("gloo|nccl|timed? ?out|connection (closed|reset|refused)", str(e), re.I): raise
+        raise InputError(f"another process of this run does not answer ({' '.join(str(e).split())[:150]}): see what it said last, then start the same command again; states that are written are whole") from ConnectionError(str(e))
     dist.destroy_process_group()
 
 def everyone(value) -> list:

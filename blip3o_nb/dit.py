@@ -18,8 +18,7 @@ import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from .core import InputError, Config, get_task, layout_of, atomic_path, write_json, read_json
+from .core import InputError, Config, get_task, layout_of, load_tensors, read_json, save_tensors, write_json
 from .rope import axis_channels, grid_positions, rope_table
 from .attention import Attention, RMSNorm
 
@@ -282,7 +281,7 @@ def save_pretrained(self:Pretrained,
     "Write `model.safetensors` and `config.json`; raises `InputError` that names the file"
     folder = Path(folder)
     try:
-        with atomic_path(folder/"model.safetensors") as tmp: save_file(self.state_dict(), tmp, metadata={"format": "pt"})
+        save_tensors(folder/"model.safetensors", self.state_dict())
         write_json(folder/"config.json", {"architectures": [type(self).__name__], **self.config.to_dict()})
     except (OSError, SafetensorError) as e: raise InputError(f"cannot write to {folder}: {e}; free some space or choose another folder") from e
 
@@ -305,9 +304,7 @@ def from_pretrained(cls:Pretrained,
     kind = config.get("architectures", [cls.__name__])[0]
     if kind != cls.__name__: raise InputError(f"{folder} holds a {kind}: load it with {kind}.from_pretrained")
     model = cls(cls.config_class(**{k: v for k, v in config.items() if k in known}))
-    try: model.load_state_dict(load_file(weights), assign=True)
-    except FileNotFoundError as e: raise InputError(f"no file {weights}: copy it there, or save the model again") from e
-    except (OSError, SafetensorError) as e: raise InputError(f"cannot read {weights}: {e}; copy it again") from e
+    try: model.load_state_dict(load_tensors(weights)[0], assign=True)
     except RuntimeError as e: raise InputError(f"{weights} does not fit the config.json beside it: {' '.join(str(e).split())[:200]}") from e
     return model.eval()
 

@@ -16,17 +16,15 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import torch, torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from .baselines import CopyBaseline, MeanBaseline, MLPBaseline, ProcrustesBaseline, RidgeBaseline
-from .core import InputError, atomic_path
+from .core import InputError, load_tensors, save_tensors, sha256_file
 from .inference import Pipeline, check_contract
 from .metrics import (QUALITY, Score, bootstrap, chance_level, cka, class_embeddings, derangement, diversity, frechet_distance, half_sampling, knn_overlap,
                                patch_cosine, quality_band, retrieval, spread_error, sphere_violation, token_scores, unique_captions,
                                zero_shot, zero_shot_chance)
 from .paths import path_dict
-from .shards import FeatureDataset, leak_check, sha256_file
+from .shards import FeatureDataset, leak_check
 
 # %% ../nbs/14_evaluate.ipynb #97196cf4
 GROUPS = {"Tokens": ["cosine", "centred", "L2", "norm ratio", "angle", "above 0.7", "above 0.8", "above 0.9", "sphere violation"],
@@ -145,9 +143,8 @@ def collect(
         for name, method in methods.items():
             check_finite((gens := method(idxs, cond, real)).movedim(-3, 0), keys, f"{name}: generated tokens")
             part |= {f"{name}/{k}": v.contiguous() for k, v in judge_tokens(gens, real, center, pool, unit is not None).items()}
-        with atomic_path(file) as tmp: save_file(part, tmp)
-    try: parts = [load_file(f) for f in files]
-    except SafetensorError as e: raise InputError(f"{folder} was damaged ({e}): delete it and start again") from e
+        save_tensors(file, part)
+    parts = [load_tensors(f)[0] for f in files]
     return {k: torch.cat([p[k] for p in parts if k in p]) for k in parts[0]}
 
 # %% ../nbs/14_evaluate.ipynb #6e3c45dd

@@ -16,7 +16,7 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 from webdataset.tariterators import group_by_keys
 from huggingface_hub.constants import HF_HUB_CACHE
-from .core import InputError
+from .core import InputError, check_sum, ranks
 from .pictures import CAPTION_FIELDS, EXTENSIONS, MAX_BYTES, ImageSource, Sample, Unreadable, caption_of, clean_text, decode_image, first_caption, read_captions
 
 # %% ../nbs/03b_images.ipynb #ab4bab59
@@ -56,7 +56,9 @@ class TarSource(ImageSource):
     def __init__(self, path, archives:list):
         super().__init__(path)
         self.archives, self._open, where, exts, ends, taken = [str(a) for a in archives], None, array("q"), array("B"), [], set()
-        for archive in self.archives:
+        rank, world = ranks()
+        for n, archive in enumerate(self.archives):
+            if n % world == rank: check_sum(archive) # each process reads its share of them
             for key, ext, places in self._samples(archive, taken):
                 self.keys.append(key); exts.append(EXTENSIONS.index(ext))
                 for e in (ext, "txt", "json"): where.extend(places.get(e, (-1, -1)))

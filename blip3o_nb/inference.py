@@ -12,16 +12,13 @@ import hashlib, json
 from pathlib import Path
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from .core import HELD_OUT, InputError, Task, atomic_path, get_task, named_generator, read_json, write_json
+from .core import HELD_OUT, InputError, Task, atomic_path, get_task, load_tensors, named_generator, read_json, save_tensors, sha256_file, write_json
 from .dit import BLIP3oDiT
 from .nextdit import NextDiT
 from .paths import make_path, path_dict
 from .samplers import sample
 from .loading import Normalizer
-from .shards import sha256_file
 
 # %% ../nbs/13_inference.ipynb #4aba7542
 def check_contract(
@@ -160,8 +157,7 @@ def save_checkpoint(
     (folder/"flow.json").unlink(missing_ok=True)
     learn.ema_model.module.save_pretrained(folder)
     norms = {"target": learn.flow.target_norm, "cond": learn.flow.cond_norm}
-    with atomic_path(folder/"normalizers.safetensors") as tmp:
-        save_file({f"{k}.{n}": v.cpu().contiguous() for k, m in norms.items() for n, v in m.state_dict().items()}, tmp)
+    save_tensors(folder/"normalizers.safetensors", {f"{k}.{n}": v.cpu() for k, m in norms.items() for n, v in m.state_dict().items()})
     write_json(folder/"flow.json", dict(format=1, task=learn.dls.task.name, objective=learn.objective, path=path,
         target_norm=norms["target"].mode, cond_norm=norms["cond"].mode, target_shape=list(norms["target"].shape),
         cond_shape=list(norms["cond"].shape), method=method, steps=steps, held_out=learn.dls.share, contract=learn.dls.contract, training=training))
@@ -179,7 +175,7 @@ def from_pretrained(cls:Pipeline,
     if not (folder/"flow.json").exists(): raise InputError(f"no checkpoint in {folder} (no flow.json): train one, or check the path")
     f = read_json(folder/"flow.json")
     if task and f["task"] != task: raise InputError(f"the checkpoint in {folder} was trained for task '{f['task']}', not '{task}': choose another folder or task")
-    state = load_file(folder/"normalizers.safetensors")
+    state = load_tensors(folder/"normalizers.safetensors")[0]
     norms = []
     for k in ("target", "cond"):
         norms.append(Normalizer(f[f"{k}_norm"], shape=f[f"{k}_shape"]))
@@ -245,7 +241,7 @@ def write_samples(
     for i in tqdm(range(0, len(source), chunk), "samples", disable=not progress, unit="file"):
         file, about, images = out/f"samples-{i//chunk:05d}.safetensors", [], []
         if file.exists():
-            with safe_open(file, "pt") as f: m = f.metadata(); lines += json.loads(m["pictures"]); skipped |= json.loads(m["skipped"])
+            m = load_tensors(file)[1]; lines += json.loads(m["pictures"]); skipped |= json.loads(m["skipped"])
             continue
         bad = {}
         for j in range(i, min(i + chunk, len(source))):
@@ -258,7 +254,7 @@ def write_samples(
             if pipe.contract[pipe.task.target].get("stage"): data["embeddings"] = pipe.pool(tokens)
             if texts:
                 for a, row in zip(about, nearest(data["embeddings"], known).tolist()): a["captions"] = [texts[t] for t in row]
-        with atomic_path(file) as tmp: save_file(data, tmp, {"pictures": json.dumps(about), "skipped": json.dumps(bad)})
+        save_tensors(file, data, {"pictures": json.dumps(about), "skipped": json.dumps(bad)})
         lines += about; skipped |= bad
     with atomic_path(out/"samples.jsonl") as tmp: tmp.write_text("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in lines), encoding="utf-8")
     if skipped: write_json(out/"skipped.json", skipped)

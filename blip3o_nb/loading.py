@@ -14,9 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 import torch
 from fastcore.basics import noop, patch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from .core import HELD_OUT, InputError, Task, atomic_path, get_task, ranks
+from .core import HELD_OUT, InputError, Task, get_task, load_tensors, ranks, save_tensors
 from .shards import DTYPES, FeatureDataset
 
 # %% ../nbs/02c_loading.ipynb #14d83bf4
@@ -48,13 +46,12 @@ def stats(self:FeatureDataset,
     numel = self.shape(name).numel()
     file = self.folder/".stats"/f"{name}-{self._fingerprint()}.safetensors" if numel*len(self)*DTYPES[self.dtype].itemsize > keep_above else None
     if file and file.exists():
-        try: return FeatureStats(len(self), **load_file(file))
-        except (SafetensorError, OSError, TypeError): pass # damaged: counted again
+        try: return FeatureStats(len(self), **load_tensors(file)[0])
+        except InputError: pass # damaged: counted again
     idxs = torch.arange(len(self)).split(chunk or max(1, 2**22//numel))
     s = sum((FeatureStats.of(self.rows(name, i)) for i in idxs), FeatureStats())
     if file:
-        try:
-            with atomic_path(file) as tmp: save_file({"mean": s.mean, "m2": s.m2}, tmp)
+        try: save_tensors(file, {"mean": s.mean, "m2": s.m2})
         except (InputError, OSError): pass # a folder that cannot be written is read again next time
     return s
 

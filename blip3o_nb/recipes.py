@@ -65,6 +65,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False # less memory, a second forward pass
     compile: bool = False              # compile the network
     strategy: str = "ddp"              # with several processes: ddp, or fsdp to share the weights out
+    ddp_timeout: int = 1800            # seconds to wait for a process that does not answer
     checkpoint_every: int = 500        # batches from one state to the next; besides, at the end
     keep: int = 2                      # states that are kept
     fresh: bool = False                # start over where there is a state

@@ -8,7 +8,7 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/resume.html.md"""
 __all__ = ['rng_state', 'set_rng_state', 'CheckpointCallback']
 
 # %% ../nbs/13c_resume.ipynb #5fe7a93d
-import random, warnings
+import random, warnings, zipfile
 from pathlib import Path
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ def _save(self:CheckpointCallback, epoch:int, batch:int):
             try:
                 with atomic_path(file) as tmp: torch.save(_plain(state), tmp)
             except (OSError, RuntimeError) as e: raise InputError(f"cannot write {file}: {e}; the states before it are whole: free some space, then start the same training again") from e
-            for f in self.files[:-self.keep]: f.unlink()
+            for f in self.files[:-self.keep]: f.unlink(missing_ok=True)
 
 def _plain(x):
     "Numbers of NumPy as Python's own: a schedule leaves them in the optimiser, and a safe reader refuses them"
@@ -101,7 +101,10 @@ def _plain(x):
 def _latest(self:CheckpointCallback) -> dict|None:
     "The newest state that can be read; raises `InputError` where there are some and none can"
     for f in reversed(self.files):
-        try: return torch.load(f, map_location="cpu", weights_only=True)
+        try:
+            with zipfile.ZipFile(f) as z:
+                if z.testzip(): raise ValueError("it does not match its checksums")
+            return torch.load(f, map_location="cpu", weights_only=True)
         except Exception as e: # of many kinds: damaged archives, pickles, code
             warnings.warn(f"{f} cannot be read ({' '.join(str(e).split())[:100]}): the state before it is taken")
     if self.files: raise InputError(f"no state in {self.folder} can be read: restore one, or start over with resume=False")

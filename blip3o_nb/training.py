@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from .convert import convert
-from .core import InputError, atomic_path, get_task, layout_of, ranks, seed_everything, write_json
+from .core import InputError, atomic_path, get_task, layout_of, ranks, reading_ahead, seed_everything, write_json
 from .dit import BLIP3oDiT, BLIP3oDiTConfig
 from .distributed import DistributedCallback, processes, together
 from .inference import save_checkpoint
@@ -120,7 +120,7 @@ def learner_of(
                         progress=progress and not ranks()[0], seed=c.seed, cbs=[*watch, *cbs], **options)
 
 # %% ../nbs/13e_training.ipynb #d79d2cdf
-FREE = {"embeddings_dir", "output_dir", "num_workers", "device", "strategy", "compile", "gradient_checkpointing", "fresh", "keep", "checkpoint_every", "monitor_every", "eval_every",
+FREE = {"embeddings_dir", "output_dir", "num_workers", "device", "strategy", "ddp_timeout", "compile", "gradient_checkpointing", "fresh", "keep", "checkpoint_every", "monitor_every", "eval_every",
         "eval_samples", "same_data_eval", "tracker", "batch_size"} # `batch_size` by processes is the state's to compare
 
 SCHEDULES = dict(one_cycle=lambda learn, n, c: learn.fit_one_cycle(n, pct_start=c.warmup), warmup_cosine=lambda learn, n, c: learn.fit_warmup(n, warmup=c.warmup, final=c.final_lr),
@@ -140,7 +140,7 @@ def check_config(config:TrainingConfig, out:Path):
 def fit(learn, config:TrainingConfig, epochs:int):
     "Fit as the configuration says; raises `InputError` where memory does not suffice"
     try:
-        SCHEDULES[config.schedule](learn, epochs, config)
+        with reading_ahead(): SCHEDULES[config.schedule](learn, epochs, config)
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e).lower(): raise
         k = config.gradient_accumulation_steps
@@ -156,7 +156,7 @@ def train(
     "Train from a configuration into its `output_dir`: weights, states, the best weights, `config.toml` and `result.json`; go on where there is a state; raises `InputError` before anything is written where it can"
     out = Path(config.output_dir)
     epochs, start = min(config.num_epochs, 2) if config.debug_mode else config.num_epochs, time.time()
-    with processes(config.device or None):
+    with processes(config.device or None, config.ddp_timeout):
         with together(): check_config(config, out)
         folder = shards_of(config)
         with together():

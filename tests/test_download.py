@@ -96,7 +96,7 @@ def test_earlier_command(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path); monkeypatch.setattr("sys.argv", ["blip3o_download", "--yes"])
     blip3o_download()
     assert set(whole(hub, tmp_path/"data/BLIP3o-Pretrain-Short-Caption").values()) == {True}
-    assert {r.path.split("/api/datasets/")[1].split("/re")[0] for r in hub.asked if "/api/" in r.path} >= {"BLIP3o/BLIP3o-Pretrain-Short-Caption"}
+    assert {r.path.split("/api/datasets/")[1].split("/re")[0] for r in hub.asked if "/api/datasets/" in r.path} >= {"BLIP3o/BLIP3o-Pretrain-Short-Caption"}
 
 # the connection
 

@@ -1,7 +1,9 @@
 """Evaluations that are large, killed, or fed with what cannot be judged: memory, resumption, and what is said."""
 import json, signal, subprocess, sys, time
 import pytest, torch
-from blip3o_nb.core import InputError, seed_everything, toy_features
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from blip3o_nb.core import InputError, read_json, seed_everything, toy_features, write_json
 from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
 from blip3o_nb.evaluate import evaluate
 from blip3o_nb.inference import save_checkpoint
@@ -65,16 +67,18 @@ def test_features_that_are_not_numbers(small, tmp_path):
     toy, bad = toy_features(300), tmp_path/"bad"
     shards(bad, 300, dtype="fp32")
     held = FeatureDataset(bad, "held_out")
-    (i, j), file = held._where[3].tolist(), bad/held.manifest["shards"][held._where[3][0]]["file"]
-    row = held.shape("eva").numel()*4
-    with open(file, "r+b") as f: f.seek(held._start[i]["eva"] + j*row + 40); f.write(b"\x00\x00\xc0\x7f")
+    i, j = held._where[3].tolist()
+    with safe_open(f := bad/held.manifest["shards"][i]["file"], "pt") as shard: said = json.loads(shard.metadata()["samples"])
+    said.pop("checksums"); tensors = load_file(f); tensors["eva"][j, 0, 10] = torch.nan # by another hand, which writes no checksums
+    save_file(tensors, f, {"samples": json.dumps(said)})
+    held.manifest["shards"][i] = dict(file=f.name, samples=len(said["keys"]), bytes=f.stat().st_size, sha256="")
+    write_json(bad/"manifest.json", held.manifest)
     with pytest.raises(InputError, match=f"eva features in .* first '{held.keys[3]}'"): evaluate(flow, bad, tmp_path/"out", progress=False)
     assert not list(tmp_path.glob("out/report*"))
 
 def test_a_network_that_diverged(small, tmp_path):
     "Weights that are not numbers are an error with the row's name, not a table of NaN"
     import shutil
-    from safetensors.torch import load_file, save_file
     features, flow = small
     shutil.copytree(flow, tmp_path/"flow")
     state = load_file(tmp_path/"flow"/"model.safetensors"); next(iter(state.values())).fill_(torch.nan); save_file(state, tmp_path/"flow"/"model.safetensors")
@@ -85,8 +89,7 @@ def test_duplicate_keys(small, tmp_path):
     import shutil
     features, flow = small
     shutil.copytree(features, tmp_path/"twice")
-    m = json.loads((tmp_path/"twice"/"manifest.json").read_text())
-    m["shards"] = m["shards"]*2; (tmp_path/"twice"/"manifest.json").write_text(json.dumps(m))
+    m = read_json(tmp_path/"twice"/"manifest.json"); write_json(tmp_path/"twice"/"manifest.json", {**m, "shards": m["shards"]*2})
     with pytest.raises(InputError, match="twice"): evaluate(flow, tmp_path/"twice", progress=False)
 
 def test_other_features_and_folders(small, tmp_path):

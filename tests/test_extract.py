@@ -42,7 +42,9 @@ def driver(root):
         begun = time.time()
         while time.time() - begun < limit:
             if ended(pid): return False
-            if moment(): os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0); return True
+            try: now = moment()
+            except FileNotFoundError: now = False # a folder that goes while it is looked at
+            if now: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0); return True
         raise TimeoutError
     def finish(*pids): return [os.waitpid(p, 0)[1] for p in pids]
 
