@@ -6,9 +6,9 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['TASKS', 'HELD_OUT', 'InputError', 'Task', 'get_task', 'Layout', 'layout_of', 'to_layout', 'expand_t', 'key_fraction',
-           'is_held_out', 'seed_everything', 'named_generator', 'atomic_path', 'write_json', 'read_json', 'tensor_seal',
-           'save_tensors', 'load_tensors', 'sha256_file', 'check_sum', 'ranks', 'reading_ahead', 'data_path',
-           'toy_features', 'Config']
+           'is_held_out', 'seed_everything', 'named_generator', 'atomic_path', 'os_error', 'write_json', 'read_json',
+           'tensor_seal', 'save_tensors', 'load_tensors', 'sha256_file', 'check_sum', 'ranks', 'reading_ahead',
+           'data_path', 'toy_features', 'Config']
 
 # %% ../nbs/00_core.ipynb #01fbdc5a
 import functools, hashlib, json, os, random, tempfile
@@ -156,6 +156,10 @@ def atomic_path(
     finally: Path(tmp).unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #b1d12239
+def os_error(e:Exception) -> OSError:
+    "What a library raised when a file could not be written, as the `OSError` that stands behind it: a command tells by it that the machine is at fault and not the input"
+    return e if isinstance(e, OSError) else OSError(str(e))
+
 def _seal(obj): return hashlib.sha256(json.dumps({k: v for k, v in obj.items() if k != "seal"}, sort_keys=True).encode()).hexdigest()
 
 def write_json(path:str|Path, obj, staging:str|Path|None=None) -> None:

@@ -18,7 +18,7 @@ import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
 from safetensors import SafetensorError
-from .core import InputError, Config, get_task, layout_of, load_tensors, read_json, save_tensors, write_json
+from .core import InputError, Config, get_task, layout_of, load_tensors, os_error, read_json, save_tensors, write_json
 from .rope import axis_channels, grid_positions, rope_table
 from .attention import Attention, RMSNorm
 
@@ -283,7 +283,7 @@ def save_pretrained(self:Pretrained,
     try:
         save_tensors(folder/"model.safetensors", self.state_dict())
         write_json(folder/"config.json", {"architectures": [type(self).__name__], **self.config.to_dict()})
-    except (OSError, SafetensorError) as e: raise InputError(f"cannot write to {folder}: {e}; free some space or choose another folder") from e
+    except (OSError, SafetensorError) as e: raise InputError(f"cannot write to {folder}: {e}; free some space or choose another folder") from os_error(e)
 
 # %% ../nbs/07_dit.ipynb #88fd5db2
 def _folder(name):

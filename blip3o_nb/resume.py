@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from .distributed import everyone, full_state, load_full_state, together
 from fastai.callback.core import Callback, CancelEpochException
-from .core import InputError, atomic_path, ranks
+from .core import InputError, atomic_path, os_error, ranks
 
 # %% ../nbs/13c_resume.ipynb #7ba2891f
 def rng_state() -> dict:
@@ -90,7 +90,7 @@ def _save(self:CheckpointCallback, epoch:int, batch:int):
         if not ranks()[0]:
             try:
                 with atomic_path(file) as tmp: torch.save(_plain(state), tmp)
-            except (OSError, RuntimeError) as e: raise InputError(f"cannot write {file}: {e}; the states before it are whole: free some space, then start the same training again") from e
+            except (OSError, RuntimeError) as e: raise InputError(f"cannot write {file}: {e}; the states before it are whole: free some space, then start the same training again") from os_error(e)
             for f in self.files[:-self.keep]: f.unlink(missing_ok=True)
 
 def _plain(x):

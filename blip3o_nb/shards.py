@@ -18,7 +18,7 @@ import torch, xxhash
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from .core import HELD_OUT, InputError, atomic_path, is_held_out, layout_of, read_json, sha256_file, write_json
+from .core import HELD_OUT, InputError, atomic_path, is_held_out, layout_of, os_error, read_json, sha256_file, write_json
 try: import fcntl
 except ImportError: fcntl = None # Windows: what a killed run leaves is then not cleared
 
@@ -183,7 +183,7 @@ def _clear(self:ShardWriter):
 def _writing(self:ShardWriter):
     try: yield
     except (OSError, SafetensorError) as e:
-        raise InputError(f"cannot write to {self.folder}: {getattr(e, 'strerror', None) or e}; free some space or choose another folder (shards that are complete stay usable)") from e
+        raise InputError(f"cannot write to {self.folder}: {getattr(e, 'strerror', None) or e}; free some space or choose another folder (shards that are complete stay usable)") from os_error(e)
 
 @patch
 def _commit(self:ShardWriter, number, pending, left_out, buffer):
