@@ -100,6 +100,7 @@ def test_earlier_command(hub, tmp_path, monkeypatch):
 
 # the connection
 
+@pytest.mark.fault("connection reset", "downloading", "one line; the next run goes on at the byte")
 def test_reset_resumes_in_the_next_run(hub, tmp_path):
     hub.cuts = [(200_000, "reset"), (0, "reset")]
     with pytest.raises(InputError, match="no connection to 127.0.0.1, or it broke .*: check network and proxy; the same command goes on"): get(hub, tmp_path, n=1)
@@ -108,16 +109,19 @@ def test_reset_resumes_in_the_next_run(hub, tmp_path):
     get(hub, tmp_path, n=1)
     assert hub.sent[-1] == ("00000.tar", kept) and whole(hub, tmp_path) == {"00000.tar": True} and parts(tmp_path) == {}
 
+@pytest.mark.fault("connection closed early", "downloading", "goes on at the byte")
 def test_closed_early_goes_on_in_the_same_run(hub, tmp_path):
     hub.cuts = [(100_000, "close"), (50_000, "close"), (1, "reset")]
     get(hub, tmp_path, n=1)
     assert hub.sent == [("00000.tar", 0), ("00000.tar", 100_000), ("00000.tar", 150_000), ("00000.tar", 150_001)] and whole(hub, tmp_path) == {"00000.tar": True}
 
+@pytest.mark.fault("connection closed early, by a server without ranges", "downloading", "starts over; the file is whole")
 def test_server_without_ranges(hub, tmp_path):
     hub.cuts, hub.ranges = [(100_000, "close")], False
     get(hub, tmp_path, n=1)
     assert [r.range for r in hub.asked if "resolve" in r.path] == [None, "bytes=100000-"] and whole(hub, tmp_path) == {"00000.tar": True}
 
+@pytest.mark.fault("server that falls silent", "downloading", "one line; what has arrived stays")
 def test_silence(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", .2)
     hub.cuts = [(0, lambda rest: sleep(1))]
@@ -125,12 +129,14 @@ def test_silence(hub, tmp_path, monkeypatch):
     hub.fail["resolve"] = (206, {}, b"")
     with pytest.raises(InputError, match="nothing comes of 00000.tar after 0 of"): get(hub, tmp_path, n=1)
 
+@pytest.mark.fault("killed before the last rename", "downloading", "nothing is asked for again")
 def test_part_complete_but_not_renamed(hub, tmp_path):
     data = hub.commits[A]["00000.tar"]
     (tmp_path/".download").mkdir(); (tmp_path/f".download/00000.tar.{sha(data)}.part").write_bytes(data)
     get(hub, tmp_path, n=1)
     assert hub.sent == [] and whole(hub, tmp_path) == {"00000.tar": True}
 
+@pytest.mark.fault("connections broken, several files at a time", "downloading", "all whole")
 def test_many_at_a_time(hub, tmp_path):
     hub.cuts = [(n, "close") for n in (10_000, 20_000, 30_000, 40_000, 50_000)]
     get(hub, tmp_path, workers=4)
@@ -139,6 +145,7 @@ def test_many_at_a_time(hub, tmp_path):
     assert sums == {p: sha(d) for p, d in hub.commits[A].items() if p.endswith(".tar")}
     assert len(hub.sent) == 11 and get(hub, tmp_path, yes=False) and len(hub.sent) == 11 # nothing to fetch, nothing to ask
 
+@pytest.mark.fault("interrupt while nothing comes", "downloading", "stops; what has arrived stays")
 def test_interrupt_while_nothing_comes(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", .5)
     def interrupt(rest): sleep(.1); os.kill(os.getpid(), signal.SIGINT); sleep(1)
@@ -146,6 +153,7 @@ def test_interrupt_while_nothing_comes(hub, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt): get(hub, tmp_path, n=1)
     assert hub.sent == [("00000.tar", 0)] and parts(tmp_path) == {"00000": 100_000} # no further attempt
 
+@pytest.mark.fault("interrupt", "downloading", "stops; the next run goes on")
 def test_interrupt(hub, tmp_path):
     def interrupt(rest): sleep(.2); os.kill(os.getpid(), signal.SIGINT); sleep(.2); rest()
     hub.cuts = [None, (100_000, interrupt)]
@@ -170,18 +178,21 @@ def test_interrupt(hub, tmp_path):
     ("resolve", 429, "", "answers 429"),
     ("resolve", 503, "", "answers 503"),
 ])
+@pytest.mark.fault("refusals by the hub", "downloading", "one line that says what to do; no token in it")
 def test_refusals(hub, tmp_path, capfd, kind, status, code, message):
     hub.fail[kind] = (status, {"X-Error-Code": code, "X-Error-Message": f"no {TOKEN}"} if code else {}, f"<html>{TOKEN}</html>".encode())
     if kind != "resolve": hub.commits["v9"] = {}
     with pytest.raises(InputError, match=message) as e: get(hub, tmp_path/"out", revision="v9" if kind == "info" else None, n=1)
     assert "\n" not in str(e.value) and TOKEN not in str(e.value) + "".join(capfd.readouterr()) and not list(tmp_path.rglob("*.tar"))
 
+@pytest.mark.fault("a server that is no hub", "downloading", "one line")
 @pytest.mark.parametrize("kind", ["info", "tree"])
 @pytest.mark.parametrize("body", [b"<html>log in to this network</html>", b"[]", b'{"error": 1}', b"[1]"])
 def test_no_hub(hub, tmp_path, kind, body):
     hub.fail[kind] = (200, {}, body)
     with pytest.raises(InputError, match="does not answer as a Hugging Face hub does|has no file like"): get(hub, tmp_path)
 
+@pytest.mark.fault("redirect to another host", "downloading", "the token is not sent there, nor printed")
 def test_token_stays_with_the_hub(hub, tmp_path, capfd):
     hub.cdn, hub.cuts = f"http://localhost:{hub.port}", [(100_000, "close")]
     get(hub, tmp_path, n=1)
@@ -193,11 +204,13 @@ def test_token_stays_with_the_hub(hub, tmp_path, capfd):
     with pytest.raises(InputError) as e: get(hub, tmp_path, n=2)
     assert "Signature" not in str(e.value) and "http" not in str(e.value)
 
+@pytest.mark.fault("no network", "downloading", "one line")
 def test_offline(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="offline mode is on"): get(hub, tmp_path)
     assert hub.asked == []
 
+@pytest.mark.fault("file names that lead out of the folder", "downloading", "refused in one line; nothing is written")
 @pytest.mark.parametrize("name", ["../x.tar", "a/../../x.tar", "/etc/x.tar", "a\\..\\x.tar", ".download/state.json.tar", "a\nb.tar"])
 def test_hostile_names(hub, tmp_path, name):
     hub.commits[A] = {name: tar_of(0)}
@@ -206,6 +219,7 @@ def test_hostile_names(hub, tmp_path, name):
 
 # the contents
 
+@pytest.mark.fault("file with other bytes than its checksum", "downloading", "removed, one line; asked for again by the next run")
 def test_wrong_contents(hub, tmp_path):
     right = hub.commits[A]["00001.tar"]
     for wrong, message in ((right[:-1] + b"x", "a wrong checksum"), (right + bytes(10**7), f"[0-9,]+ in place of {len(right):,} bytes")):
@@ -216,6 +230,7 @@ def test_wrong_contents(hub, tmp_path):
     hub.swap.clear()
     assert get(hub, tmp_path, pattern="00001.tar") == [tmp_path/"00001.tar"] and whole(hub, tmp_path) == {"00001.tar": True}
 
+@pytest.mark.fault("repository that changes in between", "downloading", "one commit, or one line")
 def test_commits_are_not_mixed(hub, tmp_path):
     hub.cuts = [None, (100_000, "reset"), (0, "reset")]
     with pytest.raises(InputError): get(hub, tmp_path, n=3, workers=1)
@@ -228,6 +243,7 @@ def test_commits_are_not_mixed(hub, tmp_path):
     hub.fail["info"] = (404, {"X-Error-Code": "RevisionNotFound"}, b"")
     with pytest.raises(InputError, match=f"has no revision '{A}': .*from a commit that is gone, use another --out"): get(hub, tmp_path, n=3)
 
+@pytest.mark.fault("other files under the same names", "downloading", "one line; they are left alone")
 def test_files_from_elsewhere(hub, tmp_path):
     (tmp_path/"00000.tar").write_bytes(hub.commits[A]["00000.tar"])
     get(hub, tmp_path, n=2)
@@ -240,6 +256,7 @@ def test_files_from_elsewhere(hub, tmp_path):
     get(hub, tmp_path, n=3)
     assert len(whole(hub, tmp_path)) == 3 and all(whole(hub, tmp_path).values())
 
+@pytest.mark.fault("tar that is none", "downloading", "one line that names it")
 def test_check(hub, tmp_path):
     hub.commits[A]["00000.tar"] = hub.commits[A]["00000.tar"][:1000] # as its authors left it
     get(hub, tmp_path, n=1)
@@ -277,6 +294,7 @@ def test_question(hub, tmp_path, monkeypatch, capsys, answer):
         with pytest.raises(InputError, match="not confirmed"): get(hub, tmp_path/"out", yes=False)
         assert hub.sent == [] and list(tmp_path.iterdir()) == []
 
+@pytest.mark.fault("less free space than it takes", "downloading", "one line before anything is downloaded")
 def test_space(hub, tmp_path, monkeypatch):
     size = len(hub.commits[A]["00000.tar"])
     hub.cuts = [(200_000, "reset"), (0, "reset")]
@@ -297,6 +315,7 @@ def test_places(hub, tmp_path, monkeypatch):
     (tmp_path/"out/.download/state.json").write_text("{")
     with pytest.raises(InputError, match="cannot read .*state.json"): get(hub, tmp_path/"out")
 
+@pytest.mark.fault("two processes, one folder", "downloading", "one works, the other ends in one line")
 def test_one_process_a_folder(hub, tmp_path):
     seen = []
     def second(_):

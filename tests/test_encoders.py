@@ -214,6 +214,7 @@ def test_compiled_equals_its_library(family, tmp_path):
     for n in (4, 3, 5): assert max(differences(enc, says, n)[:2]) < TOL
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
+@pytest.mark.fault("encoder that brings code", "encoders", "refused in one line; run only when asked for by name, and said in the log")
 def test_remote_code_is_off_and_says_so(tmp_path, caplog):
     eva_folder(tmp_path)
     with pytest.raises(InputError, match="remote code is off.*trust_remote_code=True"): load_encoder(str(tmp_path))
@@ -223,6 +224,7 @@ def test_remote_code_is_off_and_says_so(tmp_path, caplog):
     load_encoder(str(tmp_path), device="cpu", trust_remote_code=True)
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [f"running the Python code in the folder {tmp_path}, modeling_eva.EvaModel"]
 
+@pytest.mark.fault("encoder that lacks tensors", "encoders", "refused in one line that names the first")
 def test_incomplete_remote_checkpoint_is_refused(tmp_path):
     m, _ = eva_folder(tmp_path)
     m.save_pretrained(tmp_path, state_dict={k: v for k, v in m.state_dict().items() if "token_embedding" not in k})
@@ -247,6 +249,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
     def log_message(self, *args): pass
 
+@pytest.mark.fault("hub that has moved on since its code was read", "encoders", "the code of the pinned commit is run, and no other")
 def test_remote_code_of_a_hub_is_run_at_the_pinned_commit(tmp_path, monkeypatch, caplog):
     model = tmp_path/"model"; model.mkdir()
     m, ids = eva_folder(model)

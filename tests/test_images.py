@@ -77,6 +77,7 @@ def test_phone_formats():
     assert decode_image(encode(noise(), "MPO", save_all=True, append_images=[noise(seed=1)])).size == (24, 16)
     assert decode_image(encode(noise(), "jpeg", exif=exif)).size == (16, 24)
 
+@pytest.mark.fault("damaged EXIF block", "pictures", "the picture is read, without its orientation")
 def test_damaged_exif_costs_the_orientation_only():
     exif = Image.Exif(); exif[0x0112] = 6; exif[0x010f] = "maker"; exif[0x8769] = {0x9003: "2020"}
     block = exif.tobytes(); unfit = block.replace(b"\x01\x0f\0\x02", b"\x01\x08\0\x02") # a tag of the wrong kind: it can be read, not written
@@ -88,6 +89,7 @@ def test_damaged_exif_costs_the_orientation_only():
             for bad in (b"?xif" + block[4:], b"Exif\0\0" + b"\xff"*40, block[:40], block[:25], block[:13] + b"\xff" + block[14:]):
                 assert decode_image(encode(noise(), format, exif=bad)).size in ((24, 16), (16, 24)), bad
 
+@pytest.mark.fault("picture cut short at any place", "pictures", "whole, or skipped")
 @pytest.mark.parametrize("format", FORMATS)
 def test_cut_short_is_whole_or_refused(format):
     data = encode(noise(), format); whole = np.asarray(decode_image(data))
@@ -96,6 +98,7 @@ def test_cut_short_is_whole_or_refused(format):
         except Exception: continue
         assert n > len(data)*.6 and np.array_equal(got, whole), f"{n} of {len(data)} bytes gave another picture" # the rest was a trailer
 
+@pytest.mark.fault("picture with wrong bytes", "pictures", "a picture, or skipped with a reason")
 @pytest.mark.parametrize("format", FORMATS)
 def test_wrong_bytes_end_in_a_picture_or_a_reason(format):
     rng, data = np.random.default_rng(0), encode(noise(), format)
@@ -123,6 +126,7 @@ def bombs():
     vp8l = b"\x2f" + struct.pack("<I", (big - 1) | (big - 1) << 14) + bytes(20)
     yield "webp", b"RIFF" + struct.pack("<I", 4 + 8 + len(vp8l) + len(vp8l) % 2) + b"WEBPVP8L" + struct.pack("<I", len(vp8l)) + vp8l + bytes(len(vp8l) % 2)
 
+@pytest.mark.fault("picture that says it has 60,000 x 60,000 pixels", "pictures", "skipped by its header, with less than 5 MB")
 @pytest.mark.parametrize("name,data", [*bombs()], ids=lambda x: x if isinstance(x, str) else "")
 def test_bombs_are_refused_by_their_header(name, data):
     tracemalloc.start()
@@ -130,6 +134,7 @@ def test_bombs_are_refused_by_their_header(name, data):
     peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
     assert peak < 5e6
 
+@pytest.mark.fault("files whose decoders would start another program", "pictures", "skipped; nothing is started")
 def test_no_other_program_is_started(monkeypatch):
     def started(*a, **k): raise BaseException(f"started {a}")
     for module, name in ((subprocess, "Popen"), (os, "system"), (os, "posix_spawn")): monkeypatch.setattr(module, name, started)
@@ -137,6 +142,7 @@ def test_no_other_program_is_started(monkeypatch):
     source = Given(eps=eps, pdf=b"%PDF-1.4\n%%EOF", svg=b"<svg xmlns='http://www.w3.org/2000/svg'/>", html=b"<html>", ppm=b"P6 1 1 255\nabc", ico=encode(noise(), "ico"), avif=b"\0\0\0\x20ftypavif" + bytes(30))
     assert list(source) == [] and set(source.skipped.values()) == {"not a webp, jpeg, png, gif, bmp or tiff"}
 
+@pytest.mark.fault("picture that is an archive or a script as well", "pictures", "the picture that it begins as")
 def test_polyglots_are_the_picture_that_they_begin_as():
     import zipfile
     z = BytesIO()
@@ -148,6 +154,7 @@ def test_polyglots_are_the_picture_that_they_begin_as():
 
 # tars
 
+@pytest.mark.fault("tar with links, devices, pipes, absolute names and ..", "pictures", "regular members are read; nothing is written")
 def test_only_regular_members_are_read_and_nothing_is_written(tmp_path):
     (tmp_path/"in").mkdir(); (tmp_path/"secret.txt").write_text("secret")
     path = make_tar(tmp_path/"in/hostile.tar", [("../up.png", PNG), ("/abs.png", PNG), ("/abs.txt", b"mine"), info("link.png", type=tarfile.SYMTYPE, linkname="../secret.txt"),
@@ -179,6 +186,7 @@ HOSTILE = {
     "pax real size": pax([("GNU.sparse.realsize", b"%d" % 2**40)]) + END, "pax real size of nothing": pax([("GNU.sparse.realsize", b"x")]) + END,
     "empty": b"", "no tar": b"x"*2000, "a picture": PNG, "two in one": (raw("a.png", len(PNG), data=PNG) + END)*2}
 
+@pytest.mark.fault("tar with impossible headers", "pictures", "refused in one line that names the file, with less than 30 MB")
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gzip"])
 def test_hostile_headers_are_one_error_that_names_the_file(name, zipped, tmp_path):
@@ -189,6 +197,7 @@ def test_hostile_headers_are_one_error_that_names_the_file(name, zipped, tmp_pat
     peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
     assert "\n" not in str(e.value) and peak < 30e6
 
+@pytest.mark.fault("tar header of 60,000 digits", "pictures", "read or refused, in time")
 def test_a_header_of_digits_is_parsed_in_time(tmp_path):
     (tmp_path/"a.tar").write_bytes(raw("pax", 60_000, b"x", b"9"*60_000) + raw("a.png", len(PNG), data=PNG) + END)
     try: assert read_images(tmp_path/"a.tar").keys == ["a"] # older releases of Python ignore the header
@@ -199,6 +208,7 @@ def test_odd_but_harmless_pax_fields(tmp_path):
     source = read_images(tmp_path/"a.tar")
     assert source.keys == ["empty", "bild/ä"] and [s.key for s in source] == ["bild/ä"] and source.skipped == {"empty": "an empty file"}
 
+@pytest.mark.fault("picture of more than 256 MB in a tar", "pictures", "skipped with a reason, with less than 5 MB")
 def test_a_large_member_is_neither_read_nor_held(tmp_path):
     size = MAX_BYTES + 1
     with open(tmp_path/"large.tar", "wb") as f: # a file with a hole: it takes no disk space
@@ -209,6 +219,7 @@ def test_a_large_member_is_neither_read_nor_held(tmp_path):
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
 
+@pytest.mark.fault("gzip bomb", "pictures", "read through or refused, with less than 5 MB")
 def test_gzip_of_zeros_takes_no_memory(tmp_path):
     zeros = gzip.compress(bytes(2**24), 1)
     (tmp_path/"zeros.tar.gz").write_bytes(zeros*8)                                                                  # an empty archive and 128 MB of zeros behind it
@@ -275,6 +286,7 @@ def test_ways_to_name_archives(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="neither pictures nor tars"): read_images("void")
     with pytest.raises(InputError, match="no complete tar"): read_images(["void"])
 
+@pytest.mark.fault("tar that is cut or removed while it is read", "pictures", "one line that names it")
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_an_archive_that_changes_ends_the_run(mode, tmp_path):
     path = make_tar(tmp_path/"a.tar", [(f"{i}.png", np.random.default_rng(i).bytes(40_000)) for i in range(20)], mode=mode)
@@ -330,6 +342,7 @@ def test_an_index_of_many_is_compact(tmp_path):
 
 # folders
 
+@pytest.mark.fault("folder with pipes, loops, links out of it, names that are no text", "pictures", "skipped with a reason; the others are read")
 def test_folder(tmp_path):
     root, out = tmp_path/"root", tmp_path/"out"
     for d in (root/"sub.v1/deep", out): d.mkdir(parents=True)
@@ -364,6 +377,7 @@ FAULTS = {"too many.csv": (b"file_name,text\na.png,x,y\n", 2), "too few.csv": (b
           "long.csv": (b"key,text\na," + b"x"*200_000 + b"\n", 2), "cut.jsonl": (b'{"key": "a"}\n\n{"key": "b"', 3), "list.jsonl": (b'{"key": "a"}\n["b"]\n', 2), "no key.jsonl": (b'{"text": "a"}\n', 1),
           "utf16.jsonl": ('{"key": "a"}\n'.encode("utf-16"), 1), "deep.jsonl": (b"["*100_000, 1), "digits.jsonl": (b'{"key": ' + b"9"*5000 + b"}", 1)}
 
+@pytest.mark.fault("table of captions with a fault", "pictures", "refused in one line with file and number of the line")
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_in_a_table_has_its_line(name, tmp_path):
     data, line = FAULTS[name]
@@ -416,6 +430,7 @@ def test_dataset_saved_locally(hf, tmp_path):
     hf.Dataset.from_dict(dict(a=[1])).save_to_disk(tmp_path/"none")
     with pytest.raises(InputError, match="no image column among a"): read_images(f"datasets:{tmp_path/'none'}")
 
+@pytest.mark.fault("dataset whose rows name files elsewhere", "pictures", "skipped; no file outside is read")
 def test_dataset_paths_stay_inside(hf, tmp_path):
     inside = tmp_path/"set"; inside.mkdir()
     for f in (inside/"in.png", tmp_path/"out.png"): f.write_bytes(PNG)

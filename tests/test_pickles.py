@@ -213,6 +213,7 @@ def test_corpus_is_live(route, tmp_path, extension):
         __import__("time").sleep(.02)
     assert (tmp_path/"marker").exists()
 
+@pytest.mark.fault("pickle of what no writer of features writes: views past the end, other types, damage", "conversion", "refused in one line that names the file and what is wrong")
 @pytest.mark.parametrize("what", WRONG)
 def test_what_features_do_not_need(what, tmp_path):
     data, part = WRONG[what]
@@ -255,6 +256,7 @@ def child(tmp_path_factory):
 SAYS = {"instructions": "more than 600,000 instructions", "compressed": "an archive that torch does not write", "storage in a tensor": "more than it has",
         "storage of a file of torch": "more than it has", "many storages in a tensor": "more than it has", "deep key": "keys are not text"}
 
+@pytest.mark.fault("small pickle that asks for much memory, time or stack", "conversion", "refused in one line, with less than 700 MiB and 30 s")
 @pytest.mark.parametrize("name", list(bombs("x")))
 def test_bombs_take_no_more_than_their_file(name, child):
     results, r = child
@@ -303,6 +305,7 @@ def shards(tmp_path):
 
 def files(folder): return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
+@pytest.mark.fault("killed in the third pickle", "conversion", "gone on with; the end is that of an undisturbed run")
 def test_pickles_are_gone_on_with(shards, tmp_path, monkeypatch):
     "Killed after two files: the third is whole or absent, and the end is that of an undisturbed run"
     convert(shards, tmp_path/"whole", to="pickles", shard_size=8)
@@ -322,6 +325,7 @@ def test_pickles_are_gone_on_with(shards, tmp_path, monkeypatch):
     for name in a:
         if name.endswith(".pkl"): assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(pickle.loads(a[name]).values(), pickle.loads(b[name]).values(), strict=True))
 
+@pytest.mark.fault("disk full", "conversion", "one line; no half of a file is left")
 @pytest.mark.parametrize("to", ["pickles", "grid_pickle"])
 def test_full_disk(shards, tmp_path, to):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -343,10 +347,12 @@ def test_reduced_layouts_say_so(shards, tmp_path):
     ds = FeatureDataset(tmp_path/"s")
     assert ds.contract["clip"] == {"model": "a", "layout": "patch_only", "num_tokens": 16, "grid": 4} and ds.shape("eva") == (16, 48)
 
+@pytest.mark.fault("contract whose layout is a path", "conversion", "no file leaves the folder")
 def test_contract_in_a_file_cannot_name_a_path(shards, tmp_path):
     with ShardWriter(tmp_path/"odd", {"clip": {"layout": "../../x"}, "eva": {}}) as w: w.add_batch(TOY["keys"], TOY["clip"], TOY["eva"], [""]*30, [""]*30)
     assert [f.name for f in convert(tmp_path/"odd", tmp_path/"p", to="pickles")["files"]] == ["embeddings_shard_00000_cls_patch.pkl"]
 
+@pytest.mark.fault("one key for two pictures, in two files", "conversion", "refused in one line; what is stored stays")
 def test_a_key_of_a_later_file_is_not_lost(tmp_path):
     "A picture of another file under a key that an earlier run stored is an error, not a sample that is skipped"
     (src := tmp_path/"src").mkdir()
