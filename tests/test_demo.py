@@ -30,8 +30,9 @@ def demo_in(env, folder, *args):
     assert (folder/"runs/demo/report.html").exists() and [p.name for p in folder.iterdir()] == ["runs"]
     return folder/"runs/demo"
 
-def demo(*args, **env):
-    return subprocess.run([str(BIN/"blip3o_demo"), *map(str, args)], capture_output=True, text=True, env={**os.environ, **env})
+def demo(*args, before=()): return subprocess.run([*before, str(BIN/"blip3o_demo"), *map(str, args)], capture_output=True, text=True)
+
+ALONE = ["unshare", "-rn"] if shutil.which("unshare") and not subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode else [] # without any network, where this machine allows that
 
 def refused(args, *words):
     "Exit code 2 and one line on stderr that has these words; in this process, which has the libraries already"
@@ -41,10 +42,16 @@ def refused(args, *words):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
+    "Made with sockets blocked, see tests/offline"
     out = tmp_path_factory.mktemp("demo")/"run"
-    r = demo("--out", out, *SMALL)
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("PYTHONPATH", os.pathsep.join([str(ROOT/"tests/offline"), *filter(None, [os.environ.get("PYTHONPATH")])])); m.setenv("CONTACTED", str(out.parent/"contacted"))
+        r = demo("--out", out, *SMALL, before=ALONE)
     assert r.returncode == 0, r.stderr
     return out
+
+@pytest.mark.fault("no network: each address is refused, and there is no other interface where the machine allows that", "blip3o_demo", "it runs to its end and asks for none")
+def test_nobody_is_contacted(small): assert not (small.parent/"contacted").exists(), (small.parent/"contacted").read_text()
 
 def test_small_run_leaves_report_and_checkpoint(small):
     page = (small/"report.html").read_text()

@@ -1,5 +1,5 @@
 """Export and clean leave the tree as it is, and each module imports by itself."""
-import shutil, subprocess, sys
+import os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from conftest import LIBRARIES
@@ -7,7 +7,7 @@ from conftest import LIBRARIES
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(p.stem for p in (ROOT/"blip3o_nb").glob("*.py") if not p.stem.startswith("_"))
 
-def run(*cmd, cwd=ROOT): return subprocess.run(cmd, cwd=cwd, capture_output=True, text=True)
+def run(*cmd, cwd=ROOT, **env): return subprocess.run(cmd, cwd=cwd, capture_output=True, text=True, env={**os.environ, **env})
 
 def snapshot(root):
     files = [*(root/"blip3o_nb").glob("*.py"), *(root/"nbs").rglob("*.ipynb"), root/"README.md"]
@@ -35,11 +35,15 @@ for module in sys.argv[1:]:
 print("done")
 """
 
-def test_each_module_imports_alone():
-    "In a process in which no other module of the package was imported; the libraries were, for the ten seconds that they take"
+@pytest.mark.fault("no network: each address is refused", "the import of each module", "none is asked for")
+def test_each_module_imports_alone(tmp_path, record_property):
+    "In a process in which no other module of the package was imported; the libraries were, for the ten seconds that they take. With sockets blocked, see tests/offline"
     assert MODULES
-    r = run(sys.executable, "-W", "error::SyntaxWarning", "-c", IMPORTS, *MODULES)
+    path, contacted = os.pathsep.join([str(ROOT/"tests/offline"), *filter(None, [os.environ.get("PYTHONPATH")])]), tmp_path/"contacted"
+    r = run(sys.executable, "-W", "error::SyntaxWarning", "-c", IMPORTS, *MODULES, PYTHONPATH=path, CONTACTED=str(contacted))
     assert r.stdout == "done\n", r.stdout + r.stderr
+    assert not contacted.exists(), contacted.read_text()
+    record_property("provoked", len(MODULES))
 
 SITE = f"""
 import os, sys, warnings
