@@ -23,6 +23,7 @@ def check_same(
     "Raise `InputError` where the checkpoint in that folder was trained for another task or with other options"
     from blip3o_nb.core import InputError, read_json
     f = read_json(folder/"flow.json")
+    if not (isinstance(f, dict) and isinstance(f.get("training"), dict) and "task" in f): raise InputError(f"{folder/'flow.json'} is not of a checkpoint: use --fresh or another --out")
     if f["task"] != task: raise InputError(f"the checkpoint in {folder} was trained for task '{f['task']}', not '{task}': use --fresh or another --out")
     changed = [k for k, v in options.items() if f["training"].get(k) != v]
     if changed: raise InputError(f"the checkpoint in {folder} was trained with another {', '.join(changed)}: use --fresh or another --out")
@@ -42,7 +43,7 @@ def train_step(
 
 # %% ../nbs/16_cli.ipynb #440a232f
 def check_options(
-    task:str="clip_generation", size:str="nano", prediction_type:str="sample", device:str="", limit:int=0,
+    task:str="clip_generation", size:str="nano", prediction_type:str="sample", device:str="", limit:int=0, seed:int=0,
     **above_zero # numbers by their option's name
 ):
     "Raise `InputError` for an option that the demo cannot work with"
@@ -50,7 +51,8 @@ def check_options(
     from blip3o_nb.core import InputError, get_task
     from blip3o_nb.dit import BLIP3oDiTConfig
     for k, v in above_zero.items():
-        if not v > 0: raise InputError(f"--{k.replace('_', '-')} is {v}: choose a number above zero")
+        if not 0 < v < 2**31: raise InputError(f"--{k.replace('_', '-')} is {v}: choose a number above zero, and not above two thousand million")
+    if not abs(seed) < 2**63: raise InputError(f"--seed is {seed}: choose a number of at most 18 digits")
     if limit < 0: raise InputError(f"--limit is {limit}: choose how many pictures to use, or 0 for all")
     get_task(task)
     if prediction_type == "epsilon": raise InputError("--prediction-type epsilon has no regression to be compared with: choose sample or velocity")
@@ -82,14 +84,14 @@ def blip3o_demo(
     from blip3o_nb.core import data_path
     from blip3o_nb.extract import extract
     from blip3o_nb.images import read_images
-    check_options(task, size, prediction_type, device, limit, epochs=epochs, bs=bs, lr=lr, cls_weight=cls_weight)
+    check_options(task, size, prediction_type, device, limit, seed, epochs=epochs, bs=bs, lr=lr, cls_weight=cls_weight)
     images, out = read_images(images or data_path("openclipart.tar.gz")), Path(out)
     options = dict(size=size, prediction_type=prediction_type, epochs=epochs, bs=bs, lr=lr, cls_weight=cls_weight, seed=seed, source=Path(images.path).name, limit=limit)
     done = [] if fresh else [n for n in ("checkpoint", "regression") if (out/n/"flow.json").exists()]
     for n in done: check_same(out/n, task, options)
     from blip3o_nb.encoders import load_encoder
     from blip3o_nb.evaluate import evaluate
-    from blip3o_nb.report import write_report
+    from blip3o_nb.report import plain, write_report
     encoders = [load_encoder(n, device=device or None) for n in (clip, eva)]
     check_folder(out)
     if fresh: clear(out)
@@ -100,7 +102,7 @@ def blip3o_demo(
     if len(done) == 2 and (out/"report.html").exists(): print("report: there already, reused")
     else:
         report = evaluate([out/n for n in ("checkpoint", "regression")], out/"features", out, seed=seed)
-        write_report(report, out, images); print(f"\n{report}\n")
+        write_report(report, out, images); print(*map(plain, ["", *str(report).splitlines(), ""]), sep="\n")
     print(f"The report is {out/'report.html'}, the trained flow {out/'checkpoint'}.")
 
 def clear(

@@ -46,20 +46,22 @@ def blip3o_eval(
     "Score checkpoints between floor and ceiling, on pictures they never saw"
     from blip3o_nb.core import InputError
     from blip3o_nb.cli import check_options
-    check_options(bs=bs, samples=samples, limit=num_samples)
+    check_options(bs=bs, samples=samples, limit=num_samples, seed=seed)
     given = [checkpoint] if isinstance(checkpoint, str) else checkpoint
     named = {n: p for c in given if not Path(c).exists() for n, eq, p in [c.partition("=")] if eq}
     if named and len(named) != len(given): raise InputError("name all checkpoints or none: NAME=FOLDER NAME=FOLDER")
+    if odd := next((n for n in named if not n.isprintable()), None): raise InputError(f"the name {odd!r} cannot be printed: choose another")
     known, source = read_classes(classes) if classes else None, None
     if images:
         from blip3o_nb.images import read_images
         source = read_images(images)
     from blip3o_nb.evaluate import evaluate
-    from blip3o_nb.report import write_report
+    from blip3o_nb.report import plain, write_report
     check_folder(out)
     report = evaluate(named or given, embeddings_dir, out, split, num_samples, samples, known, task or None, seed, bs)
     page = write_report(report, out, source)
-    print(f"\n{report}\n\nThe report is {page}; its tables are report.csv and report.json, its figures are in {Path(out)/'figures'}.")
+    print(*map(plain, ["", *str(report).splitlines(), ""]), sep="\n")
+    print(f"The report is {page}; its tables are report.csv and report.json, its figures are in {Path(out)/'figures'}.")
 
 # %% ../nbs/16a_cli_eval.ipynb #18a13982
 @command(pos=("checkpoint",), model_path="", checkpoint_path="", output_dir="out", image_dir="images", input_dir="images", num_inference_steps="steps", batch_size="bs", cfg_scale="guidance_scale",
@@ -78,7 +80,8 @@ def blip3o_sample(
     "Generate the tokens of pictures, their embeddings and their nearest captions"
     from blip3o_nb.cli import check_options
     from blip3o_nb.core import InputError, data_path
-    check_options(bs=bs, limit=steps)
+    check_options(bs=bs, limit=steps, seed=seed)
+    if not abs(guidance_scale) < 1e6: raise InputError(f"--guidance-scale is {guidance_scale}: choose a number such as 1.5")
     try: lines = [t for t in Path(texts).read_text(encoding="utf-8").splitlines() if t.strip()] if texts else []
     except (OSError, UnicodeDecodeError) as e: raise InputError(f"cannot read the captions in {texts}: {getattr(e, 'strerror', None) or e}") from e
     from blip3o_nb.images import read_images

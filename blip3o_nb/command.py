@@ -90,7 +90,7 @@ def command(
                 from blip3o_nb.core import InputError
                 if isinstance(e, ValueError) and not isinstance(e, InputError): raise
                 said, cause = (e, e.__cause__) if isinstance(e, InputError) else (f"{getattr(e, 'filename', None) or 'this machine'}: {getattr(e, 'strerror', None) or 'not enough memory'}", e)
-                sys.exit(_say(f"{f.__name__}: {said}", 1 if isinstance(cause, MACHINE) and not isinstance(cause, MISTAKEN) else 2))
+                sys.exit(_say(f"{f.__name__}: {_wrong(str(said))}", 1 if isinstance(cause, MACHINE) and not isinstance(cause, MISTAKEN) else 2))
             except KeyboardInterrupt: sys.exit(_say("stopped; what is complete is kept: the same command, without --fresh, goes on from there", 130))
         return run
     return wrap

@@ -64,6 +64,14 @@ def _writing(path):
     try: yield
     except OSError as e: raise InputError(f"cannot write {path}: {e.strerror}; free some space or choose another folder (files that are complete stay usable)") from e
 
+def _log_of(dst):
+    "What earlier conversions did in that folder, or None"
+    log = read_json(dst/_LOG) if (dst/_LOG).exists() else None
+    if not isinstance(log, (dict, type(None))): raise InputError(f"{dst/_LOG} is no record of a conversion: restore it, or choose another folder")
+    return log
+
+def _is_entry(done): return isinstance(done, dict) and all(type(done.get(k)) is t for k, t in (("bytes", int), ("samples", int), ("last", str)))
+
 def _unseen(s, f, layout, have, row):
     "The samples of a pickle that the set does not have, as batches of one; those that it has must be the same"
     for at in range(0, len(s["keys"]), 16):
@@ -80,13 +88,13 @@ def _unseen(s, f, layout, have, row):
 
 def _to_shards(src, dst, dtype, shard_size, contract, layout):
     dst, source, w, new, skipped = Path(dst), {}, None, 0, 0
-    log = read_json(dst/_LOG) if (dst/_LOG).exists() else {}
+    log = _log_of(dst) or {}
     have = FeatureDataset(dst) if (dst/"manifest.json").exists() else None
     row = {k: i for i, k in enumerate(have.keys)} if have else {}
     with ExitStack() as stack:
         for f in _pickles(src):
-            done = log.get(f.name, {})
-            if done.get("last") in row and f.exists() and done["bytes"] == os.path.getsize(f):
+            done = log.get(f.name)
+            if _is_entry(done) and done["last"] in row and f.exists() and done["bytes"] == os.path.getsize(f):
                 skipped += done["samples"]
                 continue
             s = read_pickle_shard(f)
@@ -131,7 +139,7 @@ def _to_pickles(src, dst, dtype, shard_size, contract, layout):
     first = _seed_dict(ds, parts[0][:1], 0, layout, dtype)["config"]
     asked = dict(keys=sha256("\n".join(ds.keys).encode()).hexdigest(), dtype=dtype, shard_size=shard_size, **first)
     if any(dst.glob("embeddings_shard_*.pkl")) and not (dst/_LOG).exists(): raise InputError(f"{dst} holds pickles of other origin: choose an empty folder")
-    have = read_json(dst/_LOG) if (dst/_LOG).exists() else asked
+    have = _log_of(dst) or asked
     if diff := next((k for k in asked if have.get(k) != asked[k]), None):
         raise InputError(f"{dst} holds pickles with {diff} = {shown(have.get(diff))}, not {shown(asked[diff])}: choose another folder, or the same settings")
     with _writing(dst/_LOG): write_json(dst/_LOG, asked)

@@ -95,6 +95,7 @@ def _sha256(path):
 
 def _begun(out, repo): # the commit that the folder was begun with, or None
     state = read_json(f) if (f := out/".download/state.json").exists() else {"repo": repo}
+    if not (isinstance(state, dict) and isinstance(state.get("commit"), (str, type(None)))): raise InputError(f"{out/'.download/state.json'} is no record of a download: delete it, or use another --out")
     if state.get("repo") != repo: raise InputError(f"{out} holds files of {state.get('repo')}: use another --out for {repo}")
     return state.get("commit")
 

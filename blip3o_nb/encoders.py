@@ -9,7 +9,7 @@ __all__ = ['TINY', 'CHECKPOINTS', 'PRECISIONS', 'nearest', 'parse_name', 'loadin
            'load_remote', 'as_dtype', 'load_encoder', 'STAGES', 'Encoder', 'Tower', 'fingerprint', 'tower_of']
 
 # %% ../nbs/03_encoders.ipynb #213fd9d7
-import difflib, logging, pickle, re, textwrap
+import difflib, json, logging, pickle, re, textwrap
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from open_clip.pretrained import get_pretrained_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from torch.overrides import TorchFunctionMode
-from .core import InputError, data_path
+from .core import InputError, data_path, read_json
 from .towers import PARTS, STAGES, Encoder, EvaClipTower, Tower, fingerprint, tower_of
 _all_ = ["STAGES", "Encoder", "Tower", "fingerprint", "tower_of"]
 
@@ -81,6 +81,8 @@ def load_open_clip(
 ) -> Tower:
     "Tower, tokenizer and preprocessing from open_clip; raises `InputError` where it cannot build or find them"
     folder, file = Path(source.removeprefix("local-dir:")), tag if isinstance(tag, Path) else None
+    if source.startswith("local-dir:") and "trust_remote_code" in json.dumps(read_json(folder/"open_clip_config.json")): # open_clip passes it on to the tokenizer
+        raise InputError(f"{folder/'open_clip_config.json'} asks for code of its own (trust_remote_code): remote code is off; take that out of the file")
     bpe = dict(bpe_path=str(folder/"bpe.txt.gz")) if (folder/"bpe.txt.gz").exists() else {}
     if file and f"{source}-quickgelu" in open_clip.list_models():
         logging.warning(f"{file} does not say its activation, GELU is taken: name {source}-quickgelu if it was trained with QuickGELU, as OpenAI's weights were")

@@ -105,7 +105,9 @@ class RecordCallback(Callback):
     def before_validate(self): self.total = torch.zeros(2, dtype=torch.float64)
     def after_batch(self):
         loss, r = self.loss.item(), self.record
-        if self.training: r["step"].append(self.train_iter); r["loss"].append(loss)
+        if self.training:
+            r["step"].append(self.train_iter); r["loss"].append(loss)
+            if kept := getattr(getattr(self.learn, "recorder", None), "losses", None): kept[-1] = float(kept[-1]) # fastai keeps a tensor of every step
         else: self.total += torch.tensor([loss*len(self.y), len(self.y)], dtype=torch.float64)
     def after_validate(self):
         if torch.distributed.is_initialized():
@@ -182,6 +184,7 @@ def check_learner(model, dls, objective, accumulate):
     "Raise `InputError` for an objective that is none, and for features that no training can use"
     if objective not in ("flow", "regression"): raise InputError(f"unknown objective '{objective}': choose flow or regression")
     if objective == "regression" and model.config.prediction_type == "epsilon": raise InputError("a regression has no noise to answer: build the model with prediction_type='sample'")
+    if dls.task.target_norm == "token" and len(dls.train_ds) < 2: raise InputError("one training picture less its own mean is nothing: add pictures, or give a task with target_norm 'channel'")
     if accumulate < 1 or accumulate > len(dls.train): raise InputError(f"accumulate is {accumulate}: choose from 1 to {len(dls.train)}, the batches of an epoch")
     for name, side, stats in (("target", "target", dls.target_stats), ("cond", "conditioning", dls.cond_stats)):
         if stats.mean.isfinite().all(): continue

@@ -46,8 +46,10 @@ def stats(self:FeatureDataset,
     numel = self.shape(name).numel()
     file = self.folder/".stats"/f"{name}-{self._fingerprint()}.safetensors" if numel*len(self)*DTYPES[self.dtype].itemsize > keep_above else None
     if file and file.exists():
-        try: return FeatureStats(len(self), **load_tensors(file)[0])
-        except InputError: pass # damaged: counted again
+        try:
+            s = FeatureStats(len(self), **load_tensors(file)[0])
+            if s.mean.shape == s.m2.shape == self.shape(name) and s.mean.dtype == s.m2.dtype == torch.float64 and s.mean.isfinite().all() and (s.m2 >= 0).all(): return s
+        except (InputError, TypeError, AttributeError): pass # damaged: counted again
     idxs = torch.arange(len(self)).split(chunk or max(1, 2**22//numel))
     s = sum((FeatureStats.of(self.rows(name, i)) for i in idxs), FeatureStats())
     if file:

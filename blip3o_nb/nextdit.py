@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from .core import Config, InputError, layout_of
 from .rope import grid_positions, rope_table, rotate
 from .attention import RMSNorm
-from .dit import Pretrained, SwiGLU, TIME_WIDTH, time_embedding
+from .dit import Pretrained, SwiGLU, TIME_WIDTH, check_types, time_embedding
 
 # %% ../nbs/07b_nextdit.ipynb #31597d9d
 class HeadsQKV(nn.Module):
@@ -71,10 +71,11 @@ class NextDiTConfig(Config):
     prediction_type, feature_scale = "velocity", 1. # what a learner asks of every configuration
 
     def __post_init__(self):
+        check_types(self)
         self.check_positive(but=("project_cond", "qk_norm", "time"))
         d, h, kv = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if d % h or d//h % 4: raise InputError(f"num_attention_heads {h} does not split hidden_size {d} into heads of a multiple of 4 channels: choose "
-                                               f"one of {', '.join(str(i) for i in range(1, d+1) if d % (4*i) == 0) or 'none, with another hidden_size'}")
+                                               f"one of {', '.join(str(i) for i in range(1, min(d, 1024)+1) if d % (4*i) == 0) or 'none, with another hidden_size'}")
         if h % kv: raise InputError(f"num_key_value_heads {kv} does not divide num_attention_heads {h}: choose a divisor")
         if self.time not in ("lumina", "blip3o"): raise InputError(f"unknown time '{self.time}': choose lumina or blip3o")
         if layout_of(self.num_tokens).has_cls: raise InputError(f"{self.num_tokens} tokens are a grid with CLS, a Lumina-Next transformer has places for a grid only: choose a square number")

@@ -8,7 +8,7 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/recipes.html.md"""
 __all__ = ['RECIPES', 'TrainingConfig', 'make_config', 'config_text', 'read_config', 'width_lr']
 
 # %% ../nbs/13d_recipes.ipynb #f2671801
-import tomllib
+import math, tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -99,12 +99,15 @@ def make_config(
 ) -> TrainingConfig:
     "Defaults, with a recipe's in their place, and what is given above both; raises `InputError` for what is unknown"
     from blip3o_nb.core import InputError # torch, which --help does not wait for
-    if recipe and recipe not in RECIPES: raise InputError(f"unknown recipe '{recipe}': choose {', '.join(RECIPES)}")
+    if not isinstance(recipe, str) or recipe and recipe not in RECIPES: raise InputError(f"unknown recipe '{recipe}': choose {', '.join(RECIPES)}")
     types = {f.name: type(f.default) for f in fields(TrainingConfig)}
-    if unknown := sorted(set(given) - set(types)): raise InputError(f"a training has no option {', '.join(map(repr, unknown))}: blip3o_train --help lists all")
+    if unknown := sorted(set(given) - set(types)): raise InputError(f"a training has no option {', '.join(map(repr, unknown[:4]))}: blip3o_train --help lists all")
     for k, v in given.items():
-        if isinstance(v, int) and types[k] is float: given[k] = float(v)
-        elif type(v) is not types[k]: raise InputError(f"{k} is {v!r}: give {dict(str='text', int='a whole number', float='a number', bool='true or false')[types[k].__name__]}")
+        fits = type(v) is types[k] or type(v) is int and types[k] is float
+        if types[k] is str: fits = fits and v.encode("utf-8", "ignore").decode() == v
+        elif fits: fits = abs(v) < 2**63 or v == math.inf
+        if not fits: raise InputError(f"{k} is {v!r:.80}: give {dict(str='text', int='a whole number', float='a number', bool='true or false')[types[k].__name__]}")
+        given[k] = types[k](v)
     return TrainingConfig(**{**RECIPES.get(recipe, {}), "recipe": recipe, **given})
 
 # %% ../nbs/13d_recipes.ipynb #1d15f866
@@ -113,15 +116,17 @@ def config_text(config:TrainingConfig) -> str:
     import json
     from fastcore.docments import docments
     about = docments(TrainingConfig)
-    lines = [(f"{k} = {json.dumps(v, ensure_ascii=False)}", about.get(k)) for k, v in config.to_dict().items()]
+    def value(v): return "inf" if v == math.inf else json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f")
+    lines = [(f"{k} = {value(v)}", about.get(k)) for k, v in config.to_dict().items()]
     return "\n".join(f"{line:45}# {note}" if note else line for line, note in lines) + "\n"
 
 def read_config(path:str|Path) -> dict: # option -> value
-    "Options in a TOML file; raises `InputError` that names the file"
+    "Options in a TOML file; raises `InputError` that names the file, for an option that is none too"
     from blip3o_nb.core import InputError
-    try: return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    try: make_config(**(options := tomllib.loads(Path(path).read_text(encoding="utf-8")))); return options
+    except InputError as e: raise InputError(f"{path}: {e}") from e
     except FileNotFoundError as e: raise InputError(f"no file {path}: blip3o_train --print-config > {path} writes one") from e
-    except (OSError, ValueError) as e: raise InputError(f"cannot read {path}: {' '.join(str(e).split())}; --print-config shows the form") from e
+    except (OSError, ValueError, RecursionError) as e: raise InputError(f"cannot read {path}: {' '.join(str(e).split())[:200]}; --print-config shows the form") from e
 
 # %% ../nbs/13d_recipes.ipynb #29135050
 def width_lr(

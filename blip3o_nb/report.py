@@ -17,7 +17,7 @@ from jinja2 import Template
 from .core import InputError, atomic_path, write_json
 from .evaluate import GROUPS, LESS_IS_MORE, Report
 from .inference import nearest
-from .viz import CYCLE, FLOOR, fig_to_png, gallery, marks, plot_bars, plot_curve, plot_hist, png_to_uri, show_images, token_map, use_style
+from .viz import CYCLE, FLOOR, fig_to_png, gallery, marks, plot_bars, plot_curve, plot_hist, plain, png_to_uri, show_images, token_map, use_style
 
 # %% ../nbs/14a_report.ipynb #68f51280
 def plot_record(
@@ -112,10 +112,11 @@ def draw(
     n:int=8      # of them
 ) -> dict: # title -> figure
     "The figures of a report"
-    axs, judged = {}, {r.name: r for r in report.rows if r.role in ("baseline", "model")}
+    def label(name): return plain(name).replace("$", r"\$") # a dollar would begin a formula
+    axs, judged = {}, {label(r.name): r for r in report.rows if r.role in ("baseline", "model")}
     floor, main, real = report.row("shuffled conditioning"), report.main, report.row("real tokens")
     def bars(metric, label): return plot_bars({n: r.scores[metric] for n, r in judged.items()}, floor.scores[metric], real.scores[metric], xlabel=label, names=("shuffled", "real tokens"))
-    some = {k: r for k, r in {"shuffled conditioning": floor, "ridge": judged.get("ridge"), "regression": judged.get("regression"), main.name: main}.items() if r}
+    some = {k: r for k, r in {"shuffled conditioning": floor, "ridge": judged.get("ridge"), "regression": judged.get("regression"), label(main.name): main}.items() if r}
     with plt.rc_context({"figure.constrained_layout.use": True}):
         if report.record.get("step"): axs["Training"] = plot_record(report.record)
         axs["Similarity"] = bars("centred", "centred cosine")
@@ -152,7 +153,7 @@ dt{font-weight:600;float:left;clear:left} dd{margin-left:14rem;overflow-wrap:any
 {% for r in report.rows %}<tr class="{{ r.role }}"><td>{{ r.name }}<span class="iv">{{ r.role }}</span></td>{% for c in columns %}<td>{% if c in r.scores %}{% set s = r.scores[c] %}{{ '%.3f' % s.value }}<span class="iv">{{ '%.3f – %.3f' % (s.low, s.high) }}</span>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</table>{% endfor %}
 {% for name, (uri, width) in figures.items() %}<h2>{{ name }}</h2><figure><img alt="{{ name }}" width="{{ width }}" src="{{ uri }}"><figcaption>{{ captions[name] }}</figcaption></figure>
-{% endfor %}<h2>What was evaluated</h2><dl>{% for k, v in facts.items() %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl></html>""", autoescape=True)
+{% endfor %}<h2>What was evaluated</h2><dl>{% for k, v in facts.items() %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl></html>""", autoescape=True, finalize=plain)
 
 def page(
     report:Report,
@@ -165,10 +166,11 @@ def page(
 
 # %% ../nbs/14a_report.ipynb #89fb59a3
 def table(report:Report) -> str: # CSV
-    "One line for each row and measure"
+    "One line for each row and measure; a name that a spreadsheet would take for a formula begins with an apostrophe"
+    def text(name): return f"'{plain(name)}" if name.startswith(tuple("=+-@")) else plain(name)
     out = io.StringIO(newline="")
     w = csv.writer(out); w.writerow(["row", "role", "measure", "value", "low", "high", "n", "seed"])
-    w.writerows([r.name, r.role, m, *(f"{x:.6g}" for x in (s.value, s.low, s.high)), s.n, s.seed] for r in report.rows for m, s in r.scores.items())
+    w.writerows([text(r.name), r.role, m, *(f"{x:.6g}" for x in (s.value, s.low, s.high)), s.n, s.seed] for r in report.rows for m, s in r.scores.items())
     return out.getvalue()
 
 def write_report(

@@ -104,7 +104,9 @@ def _latest(self:CheckpointCallback) -> dict|None:
         try:
             with zipfile.ZipFile(f) as z:
                 if z.testzip(): raise ValueError("it does not match its checksums")
-            return torch.load(f, map_location="cpu", weights_only=True)
+            s = torch.load(f, map_location="cpu", weights_only=True)
+            if not (isinstance(s, dict) and {"learner", "scaler", "rng", "plan", "record", "at"} <= set(s) and isinstance(s["plan"], dict)): raise ValueError("it is no state of a training")
+            return s
         except Exception as e: # of many kinds: damaged archives, pickles, code
             warnings.warn(f"{f} cannot be read ({' '.join(str(e).split())[:100]}): the state before it is taken")
     if self.files: raise InputError(f"no state in {self.folder} can be read: restore one, or start over with resume=False")

@@ -6,11 +6,11 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/viz.html.md"""
 
 # %% auto #0
 __all__ = ['CYCLE', 'FLOOR', 'CEILING', 'ROLES', 'Mark', 'mark_of', 'marks', 'use_style', 'as_array', 'show_images', 'token_map',
-           'token_rgb', 'smoothed', 'plot_curve', 'plot_hist', 'parts', 'plot_bars', 'gallery', 'fig_to_png',
-           'png_to_uri']
+           'token_rgb', 'smoothed', 'plot_curve', 'plot_hist', 'parts', 'plot_bars', 'shorten', 'gallery', 'plain',
+           'fig_to_png', 'png_to_uri']
 
 # %% ../nbs/01_viz.ipynb #1d345cea
-import base64, io, re, textwrap
+import base64, io, re
 from dataclasses import dataclass
 import matplotlib as mpl, matplotlib.pyplot as plt
 import numpy as np
@@ -213,13 +213,18 @@ def plot_bars(
     return ax
 
 # %% ../nbs/01_viz.ipynb #f5ac41b8
+def shorten(text:str, width:int) -> str: # of so many characters at most
+    "One line of a text; where it is longer, its first words, or its first characters where there are no words"
+    text = " ".join(text[:8*width].split())
+    if len(text) <= width: return text
+    return (text[:width - 3].rpartition(" ")[0] or text[:width - 4]) + " ..."
+
 def _captions(ax, found, own, width):
     "Numbered captions down the axes, the own ones bold with a disc"
     ax.axis("off")
     for j, c in enumerate(found):
         hit = c in own
-        text = textwrap.shorten(f"{'●' if hit else '○'} {c}", width, placeholder=" ...")
-        ax.text(0, 1 - (j+.5)/len(found), text, va="center", fontsize="small", transform=ax.transAxes, parse_math=False,
+        ax.text(0, 1 - (j+.5)/len(found), f"{'●' if hit else '○'} {shorten(c, width - 2)}", va="center", fontsize="small", transform=ax.transAxes, parse_math=False,
                 weight="bold" if hit else "normal", color=CYCLE[0].color if hit else "0.25")
 
 def gallery(
@@ -241,6 +246,12 @@ def gallery(
     return axs
 
 # %% ../nbs/01_viz.ipynb #b6783b46
+def plain(
+    x # text, of whatever origin
+): # the same with U+FFFD for each character that has no picture; anything but text as it is
+    "Text that changes nothing but its own place on a page or a terminal"
+    return "".join(c if c.isprintable() else "\ufffd" for c in x) if isinstance(x, str) and not x.isprintable() else x
+
 def fig_to_png(
     fig,        # a figure, or axes of it
     dpi:int=100

@@ -20,7 +20,7 @@ from .paths import LinearPath, SlerpPath
 from .pictures import Unreadable
 from .samplers import METHODS, VelocityField, sample
 from .shards import FEATURES, FeatureDataset
-from .viz import CEILING, CYCLE, FLOOR, marks, show_images, token_map, token_rgb
+from .viz import CEILING, CYCLE, FLOOR, marks, shorten, show_images, token_map, token_rgb
 
 # %% ../nbs/15_widgets.ipynb #ac86ef39
 def _say(box, what):
@@ -84,7 +84,7 @@ def show_sample(
     for ax in axs[:, 0]: ax.axis("off")
     if image is not None: show_images([image], axs=axs[:1, 0])
     axs[0, 0].set_title(f"key {s['key']}\n{ds.position(s['key']) + 1} of {len(ds)}", fontsize="small", parse_math=False)
-    axs[1, 0].text(.5, 1, textwrap.fill(textwrap.shorten(s["caption"] or "(no caption)", 250), 28), ha="center", va="top", fontsize="small", parse_math=False)
+    axs[1, 0].text(.5, 1, textwrap.fill(shorten(s["caption"] or "(no caption)", 250), 28), ha="center", va="top", fontsize="small", parse_math=False)
     return axs
 
 # %% ../nbs/15_widgets.ipynb #a7805c6b
@@ -179,7 +179,7 @@ def plot_nearest(
     for y, (v, j) in enumerate(zip(top.values.tolist(), top.indices.tolist())):
         hit = texts[j] in own
         ax.barh(y + .2, max(v, 0), .3, color=CYCLE[0].color if hit else FLOOR.color, hatch=CYCLE[1].hatch if hit else "", edgecolor="white")
-        ax.text(0, y - .02, f"{'●' if hit else '○'} {texts[j]}", weight="bold" if hit else "normal", fontsize="x-small", va="bottom", clip_on=True, parse_math=False)
+        ax.text(0, y - .02, f"{'●' if hit else '○'} {shorten(texts[j], 100)}", weight="bold" if hit else "normal", fontsize="x-small", va="bottom", clip_on=True, parse_math=False)
     ax.set(xlim=(0, 1), ylim=(k - .5, -.5), yticks=[], xlabel="cosine to the caption")
     return ax
 
@@ -268,10 +268,11 @@ def plot_mix(
     plot_nearest(emb[k], texts, text_emb, own, axs[2]).set_title(f"nearest at weight {w:.2f}")
     for e, name, caption, m in zip(ends, "AB", own, CYCLE):
         y = F.cosine_similarity(emb, e[None])
-        axs[3].plot(weights, y, color=m.color, ls=m.dash, label=textwrap.shorten(f"to {name}: {caption}", 50))
+        axs[3].plot(weights, y, color=m.color, ls=m.dash, label=shorten(f"to {name}: {caption}", 50))
         axs[3].plot(w, y[k], m.marker, color=m.color, ms=8)
     axs[3].axhline(F.cosine_similarity(*ends, dim=0), color=FLOOR.color, ls=FLOOR.dash, label="A to B"); axs[3].axvline(w, color=CEILING.color, lw=1, ls=":")
     axs[3].set(xlabel="weight of B", ylabel="cosine", ylim=(None, 1)); axs[3].legend(fontsize="x-small", loc="lower center", bbox_to_anchor=(.5, 1), ncols=3)
+    for label in axs[3].get_legend().get_texts(): label.set_parse_math(False)
     return axs
 
 # %% ../nbs/15_widgets.ipynb #3c537501

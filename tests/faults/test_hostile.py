@@ -16,7 +16,7 @@ from blip3o_nb.extract import extract
 from blip3o_nb.images import read_images
 from blip3o_nb.inference import Pipeline, write_samples
 from blip3o_nb.pickles import read_pickle_shard
-from blip3o_nb.pictures import ImageSource, caption_of, decode_image, read_captions
+from blip3o_nb.pictures import ImageSource, decode_image, read_captions
 from blip3o_nb.recipes import TrainingConfig, config_text
 from blip3o_nb.shards import FeatureDataset, ShardWriter
 from blip3o_nb.report import draw, page, table
@@ -169,12 +169,9 @@ def test_large_pictures(kind, times):
     data = png(side := times(2000, 9400), *kind)
     assert high(lambda: decode_image(data)) < 18*side**2/2**20 + 30
 
-@pytest.mark.fault("captions and tables of many megabytes", "pictures", "cut to 4000 characters, or refused with the line; less than 60 MiB beyond the file")
-def test_large_captions(tmp_path):
+@pytest.mark.fault("tables with lines of many megabytes", "captions", "refused with the line; less than 60 MiB beyond the file")
+def test_large_tables(tmp_path):
     many = b"[" + b"[],"*5_000_000 + b"[]]"
-    assert len(caption_of({"txt": b"x"*10**7})) == len(caption_of({"json": b'{"caption": "' + b"x"*10**5 + b'"}'})) == 4000
-    assert caption_of({"txt": "\u4e2d".encode()*9999}) == "\u4e2d"*4000
-    assert high(lambda: caption_of({"json": b'{"caption": "a", "b": ' + many + b"}"})) < 60
     for name, data in {"a.jsonl": b'{"key": "a", "b": ' + many + b"}\n", "a.csv": b"key,text\na,b" + b",x"*5_000_000, "b.csv": b"key,text\n" + bytes(10**7)}.items():
         (f := tmp_path/name).write_bytes(data)
         def read():

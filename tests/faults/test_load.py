@@ -103,13 +103,13 @@ def test_long_captions_are_stored(tmp_path, towers, pictures, record_property):
     assert dict(zip(ds.keys, ds.captions)) == captions and m.MB < 200
     record_property("provoked", 2*len(captions))
 
-@pytest.mark.fault("a text of more than a million characters where a caption should be", "extract", "the picture is listed, the others are stored")
+@pytest.mark.fault("a text of more than a megabyte where a caption should be", "extract", "the picture is listed, the others are stored")
 def test_a_book_is_no_caption(tmp_path, towers, pictures):
     from blip3o_nb.extract import extract
     folder = tmp_path/"pictures"; folder.mkdir()
     for k, data, caption in zip("ab", pictures, ("a boat", "a boat, "*200_000)): (folder/f"{k}.webp").write_bytes(data); (folder/f"{k}.txt").write_text(caption)
     assert extract(folder, tmp_path/"set", *towers, progress=False).keys == ["a"]
-    assert json.loads((tmp_path/"set/skipped.json").read_text()) == {"b": "a caption of 1,599,999 characters"}
+    assert json.loads((tmp_path/"set/skipped.json").read_text()) == {"b": "a txt of 1,600,000 bytes beside it"}
 
 @pytest.mark.fault("a thousand captions of 100 kB in one shard", "ShardWriter", "a set that can be read: a header has 100 MB at most")
 def test_a_shard_of_long_captions_can_be_read(tmp_path, times):
