@@ -46,6 +46,8 @@ def _check_header(h, shapes):
     if not isinstance(h, dict) or not isinstance(h.get("contract"), dict): raise ValueError("its samples have no contract")
     lists = [h.get(k) for k in ("keys", "captions", "image_hashes")]
     if not all(isinstance(x, list) and all(isinstance(i, str) and i.encode("utf-8", "ignore").decode() == i for i in x) for x in lists): raise ValueError("its keys, captions and hashes are no lists of text")
+    sums = h.get("checksums", {})
+    if not isinstance(sums, dict) or not all(isinstance(v, str) and len(v) == 16*len(lists[0]) and re.fullmatch("[0-9a-f]*", v) for v in sums.values()): raise ValueError("its checksums are none")
     if len({len(x) for x in lists} | {s[0] for s in shapes.values()}) != 1 or len(set(lists[0])) < len(lists[0]): raise ValueError("it has not as many keys, captions, hashes and rows, or one key twice")
 
 def _read_header(path):

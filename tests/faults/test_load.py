@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest, torch
 from PIL import Image
 from blip3o_nb.convert import convert
-from blip3o_nb.core import InputError, data_path, toy_features
+from blip3o_nb.core import InputError, data_path, read_json, toy_features
 from blip3o_nb.shards import FeatureDataset, ShardWriter, leak_check
 
 ABOUT = {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}
@@ -109,7 +109,7 @@ def test_a_book_is_no_caption(tmp_path, towers, pictures):
     folder = tmp_path/"pictures"; folder.mkdir()
     for k, data, caption in zip("ab", pictures, ("a boat", "a boat, "*200_000)): (folder/f"{k}.webp").write_bytes(data); (folder/f"{k}.txt").write_text(caption)
     assert extract(folder, tmp_path/"set", *towers, progress=False).keys == ["a"]
-    assert json.loads((tmp_path/"set/skipped.json").read_text()) == {"b": "a txt of 1,600,000 bytes beside it"}
+    assert read_json(tmp_path/"set/skipped.json") == {"b": "a txt of 1,600,000 bytes beside it"}
 
 @pytest.mark.fault("a thousand captions of 100 kB in one shard", "ShardWriter", "a set that can be read: a header has 100 MB at most")
 def test_a_shard_of_long_captions_can_be_read(tmp_path, times):

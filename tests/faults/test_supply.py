@@ -75,7 +75,7 @@ def test_imports_are_declared_and_requirements_used(record_property):
     assert list(undeclared({"a.py": "def f(): import colorama_is_not_here"}, always, extras)) and list(undeclared({"a.py": "import pytest"}, always, extras)) and not list(undeclared({"a.py": "def f(): import pytest"}, always, extras))
     left = (always | extras) - {n for n, file in TOOLS.items() if re.search(rf"\b({n}|{n.replace('lab', ' lab')})\b", (ROOT/file).read_text())}
     for path in sorted(tracked(), key=lambda p: p.suffix == ".ipynb"): # notebooks, which are large, for what no module imports
-        if left and path.suffix in (".py", ".ipynb"): left -= {canonicalize_name(d) for m in re.findall(r"^[ \"]*(?:from|import) (\w+)", path.read_text(), re.M) for d in owners().get(m, [m])}
+        if left and path.suffix in (".py", ".ipynb"): left -= {canonicalize_name(d) for names in re.findall(r"^[ \"]*(?:from|import) (\w+(?:, *\w+)*)", path.read_text(), re.M) for m in names.split(", ") for d in owners().get(m, [m])}
     assert not left, f"settings.ini names what nothing uses: {left}"
     record_property("provoked", 2)
 
