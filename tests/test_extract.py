@@ -74,8 +74,10 @@ def report(tmp_path_factory):
     assert r.returncode == 0, r.stderr[-2000:]
     return json.loads((root/"report.json").read_text())
 
-def test_killed_at_any_moment_and_resumed_the_set_is_the_same(report):
+@pytest.mark.fault("kill -9 at chosen moments: staging, shard, entry, manifest, one process of two", "extraction", "the same files, byte for byte")
+def test_killed_at_any_moment_and_resumed_the_set_is_the_same(report, record_property):
     kills = {k: v for k, v in report.items() if "killed" in v}
+    record_property("provoked", sum(v["killed"] for v in kills.values()))
     wrong = {k: v for k, v in kills.items() if not (v["again"] == 0 and v["same"])}
     assert not wrong
     assert sum(v["killed"] for v in kills.values()) >= 7, kills # the others ended before their moment came
@@ -84,6 +86,7 @@ def test_killed_at_any_moment_and_resumed_the_set_is_the_same(report):
 
 def test_two_ranks_make_the_set_of_one(report): assert report["two ranks"]["same"]
 
+@pytest.mark.fault("a full disk", "extraction", "one line; what is complete stays usable, and it goes on")
 def test_a_full_disk_keeps_what_is_complete(tmp_path, encoders, pictures):
     from blip3o_nb.core import InputError
     from blip3o_nb.extract import extract

@@ -54,12 +54,14 @@ def same(a, b, at="state"):
     elif torch.is_tensor(a): assert torch.equal(a, b), f"{at} differs by {(a - b).abs().max():.1e}"
     else: assert a == b or a != a, f"{at}: {a} and {b}"
 
-def test_killed_training_ends_with_the_same_bits(features, tmp_path):
+@pytest.mark.fault("kill -9 before a step, after a batch, in a write, in validations", "training", "the same weights, moments, record, to the last bit")
+def test_killed_training_ends_with_the_same_bits(features, tmp_path, record_property):
     rng = random.Random(0)
     assert in_child(features, tmp_path/"alone") == 0
     done = last(tmp_path/"alone")
     steps = done["at"]["train_iter"]
     kills = [("before a step", rng.randrange(1, steps//2)*2 - 1), ("after a batch", rng.randrange(steps//2, steps)), ("in a write", 2), ("in validation", 1), ("in validation", 2)]
+    record_property("provoked", len(kills))
     for kill in kills: assert in_child(features, tmp_path/"killed", kill) in (-signal.SIGKILL, 0), kill
     assert in_child(features, tmp_path/"killed") == 0
     same({k: v for k, v in last(tmp_path/"killed").items() if k != "record"}, {k: v for k, v in done.items() if k != "record"})

@@ -349,7 +349,7 @@ def loop(kind, folder, seconds, most, out):
                    "read, or refused in one line that names the file, or a picture skipped with a reason; at most 1 GiB and 20 s a file, and no traceback")
 @pytest.mark.parametrize("kind", TARGETS, ids=lambda k: k.__name__.lower())
 def test_nearly_right(kind, tmp_path, times, record_property):
-    seconds, most = times((1, 200), (60, 10**9))
+    seconds, most = times((.5, 200), (20, 10**9))
     for nextdit in (False, True): trained(nextdit) # once, before the processes part
     if not (pid := os.fork()):
         try: loop(kind, tmp_path, seconds, most, tmp_path/"result.json"); code = 0

@@ -30,22 +30,24 @@ def provoke(jobs, record_property):
     return f
 
 @pytest.mark.fault("kill -9 at random moments", EACH, "the same command again ends at the same result, byte for byte")
-def test_kill(provoke, times): assert provoke("stopped", MANY, times=times(1, 50), sig=signal.SIGKILL) >= times(1, 50)*len(MANY)
+def test_kill(provoke, times): # the others are killed in test_extract, test_training and test_evaluate, at chosen moments
+    jobs = times(MANY[2:4], MANY)
+    assert provoke("stopped", jobs, times=times(2, 50), sig=signal.SIGKILL) >= times(2, 50)*len(jobs)
 
 @pytest.mark.fault("Ctrl-C at random moments", EACH, "one line, exit code 130; the same command again ends at the same result")
-def test_interrupt(provoke, times): provoke("stopped", times(["extraction", "training", "conversion to shards"], MANY), times=times(1, 20), sig=signal.SIGINT)
+def test_interrupt(provoke, times): provoke("stopped", times(["training"], MANY), times=times(2, 20), sig=signal.SIGINT)
 
 @pytest.mark.fault("a full disk: no file may grow past some size", EACH, "one line, exit code 1; with space again it ends at the same result")
-def test_full_disk(provoke, times): provoke("starved", times(["training", "conversion to shards"], MANY), times=times(1, 6))
+def test_full_disk(provoke, times): provoke("starved", times(["training"], MANY), times=times(1, 6))
 
 @pytest.mark.fault("a folder that cannot be written, empty or half done", EACH, "one line, exit code 1, nothing changed; writable again it ends at the same result")
-def test_read_only(provoke, times): provoke("read_only", times(["training", "conversion to pickles"], MANY))
+def test_read_only(provoke, times): provoke("read_only", times(["conversion to pickles"], MANY))
 
 @pytest.mark.fault("the same command twice at once, into one folder", EACH, "each ends well or with one line; the same command again ends at the same result")
-def test_two_writers(provoke, times): provoke("doubled", times(["training", "conversion to shards"], MANY), times=times(1, 5))
+def test_two_writers(provoke, times): provoke("doubled", times(["conversion to shards"], MANY), times=times(1, 5))
 
 @pytest.mark.fault("a shard that is gone", "training, conversion, evaluation", "one line that names it, nothing lost")
-def test_vanished_shard(provoke, times): provoke("vanished", ["training", "conversion to pickles", *times([], ["evaluation"])])
+def test_vanished_shard(provoke, times): provoke("vanished", ["training", *times([], ["conversion to pickles", "evaluation"])])
 
 @pytest.mark.fault("a clock that runs backwards, files from 1970 and 2100", EACH, "no difference")
 def test_clock(provoke, times): provoke("clocks", times(["conversion to shards"], MANY))

@@ -254,7 +254,7 @@ def test_training_for_long(tmp_path, times, record_property):
 REPEATED = {"extraction": 6, "a set": 16, "a pipeline": 8, "an evaluation and its report": 3}
 
 @needs_proc
-@pytest.mark.parametrize("what", REPEATED)
+@pytest.mark.parametrize("what", [*list(REPEATED)[:3], pytest.param(list(REPEATED)[3], marks=pytest.mark.slow)])
 @pytest.mark.fault("the same again and again", "extract, FeatureDataset and feature_dls, Pipeline, evaluate and write_report", "memory, objects, files, threads and figures as after the first quarter")
 def test_again_and_again(what, tmp_path, towers, pictures, times, record_property):
     from blip3o_nb.evaluate import evaluate
