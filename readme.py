@@ -35,5 +35,5 @@ def cell_markdown(c):
 if __name__ == "__main__":
     if len(sys.argv) > 1: take_over(Path(sys.argv[1]))
     text = "\n\n".join(s for c in read_nb(ROOT/"nbs/index.ipynb").cells for s in cell_markdown(c))
-    text = re.sub(r"\]\((images/|\d\d\w?_|tutorials/|experiments/|assets/|glossary|contributing)", r"](nbs/\1", text)
+    text = re.sub(r"\]\((images/|\d\d\w?_|tutorials/|experiments/|assets/|glossary|contributing|reliability)", r"](nbs/\1", text)
     (ROOT/"README.md").write_text("<!-- made from nbs/index.ipynb by readme.py: edit the notebook -->\n\n" + text.strip() + "\n", encoding="utf-8")

@@ -242,7 +242,7 @@ def _texts(data, name, n, path, size):
     x = ["" if i is None else str(i) if type(i) is np.str_ or type(i) is int and abs(i) < 2**63 else i for i in x]
     if not all(type(i) is str for i in x): raise bad("hold more than text")
     if sum(map(len, x)) > max(size, 2**20): raise bad("have more text than the file has bytes")
-    if not all(i.encode("utf-8", "replace").decode() == i for i in x): raise bad("hold text with half a character")
+    if not all(i.encode("utf-8", "replace").decode("utf-8", "replace") == i for i in x): raise bad("hold text with half a character")
     if len(x) != n: raise bad(f"are {len(x)}, the samples {n}")
     return x
 

@@ -43,7 +43,8 @@ print(json.dumps(dict(report=report.to_dict(), before=before, after=peak())))
 def run(*args, **kw): return subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 @pytest.mark.fault("kill -9 in the middle", "evaluation of many samples", "the same report, what was judged is not judged again; memory as for 200 pictures")
-@pytest.mark.parametrize("n", [600, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.slow # test_kills has a shorter one
+@pytest.mark.parametrize("n", [600, 10_000])
 def test_many_samples_stream_and_survive_a_kill(tmp_path, n):
     "Of n pictures about half are held out: memory stays that of 200, progress is shown; killed in the middle, the same call ends at the same report"
     features = shards(tmp_path/"features", n)

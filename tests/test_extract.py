@@ -74,6 +74,7 @@ def report(tmp_path_factory):
     assert r.returncode == 0, r.stderr[-2000:]
     return json.loads((root/"report.json").read_text())
 
+@pytest.mark.slow # test_kills has a shorter one
 @pytest.mark.fault("kill -9 at chosen moments: staging, shard, entry, manifest, one process of two", "extraction", "the same files, byte for byte")
 def test_killed_at_any_moment_and_resumed_the_set_is_the_same(report, record_property):
     kills = {k: v for k, v in report.items() if "killed" in v}
@@ -84,6 +85,7 @@ def test_killed_at_any_moment_and_resumed_the_set_is_the_same(report, record_pro
     assert all(kills[m]["killed"] for m in list(MOMENTS)[:4]), kills
     assert len({v["left"] for v in kills.values()}) > 3                # they died at different places
 
+@pytest.mark.slow # test_torchrun_splits_the_work compares with one process, too
 def test_two_ranks_make_the_set_of_one(report): assert report["two ranks"]["same"]
 
 @pytest.mark.fault("a full disk", "extraction", "one line; what is complete stays usable, and it goes on")

@@ -1,6 +1,7 @@
 """Files that are nearly right: a seeded mutator over every format that is read. A file is read, refused with one line, or a picture is skipped with a reason;
 nothing else comes out, in bounded time and memory. Each input that once did something else stands in `FOUND` or among the seeds."""
 import hashlib, io, json, os, pickle, random, re, resource, shutil, signal, tarfile, tempfile, time, traceback, warnings
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 import numpy as np
@@ -38,10 +39,10 @@ def bend(r, x):
     def walk(v):
         for k in (list(v) if isinstance(v, dict) else range(len(v)) if isinstance(v, list) else ()): spots.append((v, k)); walk(v[k])
     walk(x)
-    if not spots or r.random() < .03: return r.choice(VALUES)
+    if not spots or r.random() < .03: return deepcopy(r.choice(VALUES))
     v, k = r.choice(spots)
     how = r.randrange(8)
-    if how < 4: v[k] = r.choice(VALUES)
+    if how < 4: v[k] = deepcopy(r.choice(VALUES)) # values are bent themselves
     elif how == 4: del v[k]
     elif how == 5: a, b = r.choice(spots); v[k] = json.loads(json.dumps(a[b])) if b in (a if isinstance(a, dict) else range(len(a))) else None
     elif how == 6 and isinstance(v, dict): v[r.choice(["", "x", "\n", k + "x"])] = v.pop(k)

@@ -30,9 +30,9 @@ def provoke(jobs, record_property):
     return f
 
 @pytest.mark.fault("kill -9 at random moments", EACH, "the same command again ends at the same result, byte for byte")
-def test_kill(provoke, times): # the others are killed in test_extract, test_training and test_evaluate, at chosen moments
-    jobs = times(MANY[2:4], MANY)
-    assert provoke("stopped", jobs, times=times(2, 50), sig=signal.SIGKILL) >= times(2, 50)*len(jobs)
+def test_kill(provoke, times): # training at chosen moments in test_training, to the last bit
+    jobs = times(["extraction", "conversion to shards", "evaluation"], MANY)
+    assert provoke("stopped", jobs, times=times(1, 50), sig=signal.SIGKILL) >= times(1, 50)*len(jobs)
 
 @pytest.mark.fault("Ctrl-C at random moments", EACH, "one line, exit code 130; the same command again ends at the same result")
 def test_interrupt(provoke, times): provoke("stopped", times(["training"], MANY), times=times(2, 20), sig=signal.SIGINT)
