@@ -56,7 +56,7 @@ def runs(request):
     yield runs
     runs.todo.clear()
 
-def pytest_addoption(parser): parser.addoption("--faults", metavar="FILE", help="provoke faults in their full number and write what came of them to FILE")
+def pytest_addoption(parser): parser.addoption("--faults", metavar="FILE", help="provoke faults in their full number and write what came of them to FILE, in the place of what stands there of the same tests")
 
 @pytest.fixture(scope="session")
 def times(request):
@@ -78,5 +78,7 @@ def pytest_runtest_logreport(report):
 def pytest_sessionfinish(session):
     file = session.config.getoption("--faults")
     if not file: return
-    rows = [dict(zip(("fault", "where", "outcome"), args), test=test, provoked=sum(n for n, _ in cases.values()), survived=sum(n*ok for n, ok in cases.values())) for test, (args, cases) in sorted(FAULTS.items()) if cases]
-    Path(file).write_text(json.dumps(dict(machine=f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}", faults=rows), indent=1) + "\n")
+    rows = [dict(zip(("fault", "where", "outcome"), args), test=test, provoked=sum(n for n, _ in cases.values()), survived=sum(n*ok for n, ok in cases.values())) for test, (args, cases) in FAULTS.items() if cases]
+    seen = {r["test"] for r in rows}
+    if Path(file).exists(): rows += [r for r in json.loads(Path(file).read_text())["faults"] if r["test"] not in seen] # a run of some tests leaves the rows of the others
+    Path(file).write_text(json.dumps(dict(machine=f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}", faults=sorted(rows, key=lambda r: r["test"])), indent=1) + "\n")
