@@ -74,15 +74,15 @@ def command(
         @functools.wraps(f)
         def run(*args, **kwargs):
             if args or kwargs or Path(sys.argv[0]).stem != f.__name__: return f(*args, **kwargs)
-            parser = anno_parser(f, prog=f.__name__, pos=list(pos))
-            for a in anno_parser(spec)._actions if spec else ():
-                if a.dest not in ("help", "pdb", "xtra"): a.default = SUPPRESS; parser._add_action(a)
-            for a in parser._actions:
-                if a.dest in many: a.nargs = "+"
-            _with_headings(parser, dict(headings))
-            def fail(message): raise _wrong(f"{message} (--help lists all options)")
-            parser.error = fail
             try:
+                parser = anno_parser(f, prog=f.__name__, pos=list(pos))
+                for a in anno_parser(spec)._actions if spec else ():
+                    if a.dest not in ("help", "pdb", "xtra"): a.default = SUPPRESS; parser._add_action(a)
+                for a in parser._actions:
+                    if a.dest in many: a.nargs = "+"
+                _with_headings(parser, dict(headings))
+                def fail(message): raise _wrong(f"{message} (--help lists all options)")
+                parser.error = fail
                 known = [a.dest for a in parser._actions]
                 args = vars(parser.parse_args(fold(sys.argv[1:], known, aliases, retired)))
                 f(**{k: v for k, v in args.items() if k not in ("pdb", "xtra")})

@@ -194,7 +194,8 @@ def save_tensors(path:str|Path, tensors:dict, metadata:dict|None=None) -> None: 
     "Write a safetensors file, sealed, whole or not at all"
     metadata = {"format": "pt", **(metadata or {})}
     with atomic_path(path) as tmp:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, tmp, {**metadata, "seal": tensor_seal(tensors, metadata)})
+        try: save_file({k: t.contiguous() for k, t in tensors.items()}, tmp, {**metadata, "seal": tensor_seal(tensors, metadata)})
+        except SafetensorError as e: raise InputError(f"cannot write {path}: {e}; free some space or choose another folder") from os_error(e)
         with open(tmp, "r+b") as f: # the library writes what is said in an order that changes from run to run: the same content should be the same bytes
             head = json.loads(f.read(n := int.from_bytes(f.read(8), "little"))); said = dict(sorted(head.pop("__metadata__").items()))
             text = json.dumps({"__metadata__": said, **head}, separators=(",", ":"), ensure_ascii=False).encode()
