@@ -182,7 +182,7 @@ def read_flow(folder:str|Path) -> dict:
         need(f[f"{k}_norm"] in NORMS, f"{k}_norm"); need(len(f[f"{k}_shape"]) == 2 and all(type(n) is int and 0 < n < 2**24 for n in f[f"{k}_shape"]), f"{k}_shape")
     need(isinstance(f.get("held_out", 0.), (int, float)) and 0 <= f.get("held_out", 0.) <= 1, "held_out")
     for which in (task.target, task.cond):
-        c = f["contract"].get(which)
+        c = f["contract"].setdefault(which, {}) # of tensors that were given, nothing is known
         need(isinstance(c, dict) and all(isinstance(c.get(k), (str, type(None))) for k in ("model", "stage", "layout", "weights", "fingerprint")), f"the contract of {which}")
     record = f["training"].get("record", {})
     need(isinstance(record, dict) and all(isinstance(v, list) and all(isinstance(x, (int, float)) for x in v) for v in record.values())

@@ -10,10 +10,10 @@ from blip3o_nb.shards import FORMATS, FeatureDataset, ShardWriter, pack, unpack
 OLD, TOY = Path(__file__).with_name("old"), toy_features(60, grid=2, clip_dim=6, eva_dim=8)
 
 @pytest.mark.fault("files of an earlier version", "feature set, formats 1 and 2", "read as they were written, checked as far as they can be, gone on with")
-@pytest.mark.parametrize("name,dtype", [("shards 1", "bf16"), ("shards 2", "bf16"), ("shards 2, int8", "int8")])
+@pytest.mark.parametrize("name,dtype", [("shards_1", "bf16"), ("shards_2", "bf16"), ("shards_2_int8", "int8")])
 def test_an_old_set(name, dtype, tmp_path):
     ds = FeatureDataset(OLD/name)
-    assert ds.manifest["format"] == f"blip3o_nb {name.partition(',')[0]}" and ds.keys == TOY["keys"][:6] and ds.captions == TOY["captions"][:6]
+    assert ds.manifest["format"] == f"blip3o_nb shards {name[7]}" and ds.keys == TOY["keys"][:6] and ds.captions == TOY["captions"][:6]
     for c in ("clip", "eva"): assert torch.equal(ds.column(c), unpack(pack(TOY[c][:6], dtype)).float())
     assert ds.verify() == len(ds.manifest["shards"])
     shutil.copytree(OLD/name, tmp_path/"set")
@@ -26,6 +26,6 @@ def test_an_old_set(name, dtype, tmp_path):
 
 @pytest.mark.fault("files of an earlier version", "checkpoint, format 1", "gives the answers that it gave")
 def test_an_old_checkpoint():
-    pipe, was = Pipeline.from_pretrained(OLD/"checkpoint 1", device="cpu"), load_file(OLD/"checkpoint 1"/"answer.safetensors")
+    pipe, was = Pipeline.from_pretrained(OLD/"checkpoint_1", device="cpu"), load_file(OLD/"checkpoint_1"/"answer.safetensors")
     torch.testing.assert_close(pipe(was["cond"], seed=0), was["tokens"], rtol=0, atol=1e-5)
 
