@@ -1,10 +1,11 @@
 """Notebooks are started with the first test, so that both cores have work; faults are counted, for the table of the documentation."""
-import json, os, platform, subprocess, sys, tempfile, threading, time
+import json, os, platform, signal, subprocess, sys, tempfile, threading, time
 from concurrent.futures import Future
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell in the background makes what it starts deaf to Ctrl-C, which is tested
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count()//2))) # two processes at a time: more threads than cores wait for each other
 
 LIBRARIES = "torch, torchvision, fastai.learner, fastai.callback.schedule, open_clip, transformers, timm, seaborn, pandas" # that most notebooks load; nothing of this package
