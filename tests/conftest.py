@@ -69,7 +69,7 @@ FAULTS = {} # test -> (its mark, {case: [provoked, passed]})
 @pytest.fixture(autouse=True)
 def _fault(request):
     mark = request.node.get_closest_marker("fault")
-    if mark: FAULTS.setdefault(f"{request.node.path.relative_to(ROOT)}::{request.node.originalname}", (mark.args, {}))
+    if mark: FAULTS.setdefault(request.node.nodeid.partition("[")[0], (mark.args, {}))
     yield
 
 def pytest_runtest_logreport(report):
