@@ -21,7 +21,7 @@ test: $(STAMP)       ## notebooks, modules, commands
 	$(PY) -m pytest $(TESTS)
 
 faults: $(STAMP)     ## every fault in its full number; the table of nbs/reliability.ipynb is made of it
-	$(PY) -m pytest -m fault --faults nbs/faults.json $(TESTS)
+	$(PY) -m pytest $(or $(TESTS),tests) -m fault --faults nbs/faults.json
 
 lab: $(STAMP)        ## the notebooks in JupyterLab
 	$(VENV)/bin/jupyter lab nbs
