@@ -240,7 +240,7 @@ def ranks() -> tuple: # (rank, number of processes)
 
 @contextmanager
 def reading_ahead():
-    "Turn the end of a loader's process into an `InputError`"
+    "Turn the end of a loader's process into an `InputError`: torch raises it wherever this process is just then, so all that happens while it reads stands in here"
     try: yield
     except RuntimeError as e:
         if "DataLoader worker" not in str(e): raise

@@ -79,7 +79,7 @@ class Forks:
     def line(self, out, code, may=(1, 2)):
         "What is wrong with how a command ended: it may say one line"
         said = self.said(out); last = said.replace("\r", "\n").strip().splitlines()[-1:]
-        return [f"exit code {code}: {said[-600:]}"] if code not in may or "Traceback" in said or not last or len(last[0]) > 700 else []
+        return [f"exit code {code}: {said[-2000:]}"] if code not in may or "Traceback" in said or not last or len(last[0]) > 700 else []
 
 def name(job, what, n=0): return f"{job} {what} {n}".replace(" ", "-")
 
