@@ -5,7 +5,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test faults lab docs bench lock clean
+.PHONY: demo test faults lab docs bench bench-gpu lock clean
 
 $(STAMP): requirements.lock settings.ini pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -29,11 +29,14 @@ lab: $(STAMP)        ## the notebooks in JupyterLab
 docs: $(STAMP)       ## the site, in _docs
 	VENV=$(VENV) bash docs.sh
 
-bench: $(STAMP)      ## speed of this machine and of this library on it
-	$(PY) benchmarks/bench.py
-	$(PY) benchmarks/loading.py
-	$(PY) benchmarks/extraction.py
-	$(PY) benchmarks/training.py
+bench: $(STAMP) runs/demo/checkpoint ## speed beside peers and the machine's own ceilings: PARTS="steps sampling" for some of it
+	$(PY) benchmarks/bench.py $(PARTS) --device cpu
+
+bench-gpu: $(STAMP) runs/demo/checkpoint ## the same on a CUDA device
+	$(PY) benchmarks/bench.py $(PARTS) --device cuda
+
+runs/demo/checkpoint:
+	$(MAKE) demo
 
 lock: ## tested versions, from settings.ini
 	$(PYTHON) -m venv $(VENV) && $(PY) -m pip install --quiet uv

@@ -10,7 +10,7 @@ setup(
     packages=find_namespace_packages(include=["blip3o_nb*"]),
     package_data={"blip3o_nb": s["package_data"].split()},
     install_requires=s["requirements"].split(),
-    extras_require={k: s[f"{k}_requirements"].split() for k in ("dev", "trackers")},
+    extras_require={k: s[f"{k}_requirements"].split() for k in ("dev", "trackers", "peers")},
     classifiers=[c.strip() for c in s["classifiers"].splitlines() if c.strip()],
     entry_points={"console_scripts": s["console_scripts"].split(),
                   "nbdev": ["blip3o_nb=blip3o_nb._modidx:d"]},

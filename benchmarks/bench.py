@@ -1,66 +1,38 @@
-"""How fast this library is on this machine, beside what the machine can do: `python benchmarks/bench.py` (or `make bench`).
+"""How fast this library is, beside what a user would otherwise run and beside what the machine can do: `make bench`, or
+`python benchmarks/bench.py [PART ...] [--quick] [--out FILE] [--gb 20] [--folder DIR] [--run runs/demo]`.
 
-Prints a table and writes benchmarks/results.json. Everything runs in this one process, one thing at a time; each figure is the
-median of several repetitions after a warm-up, and the shares are of the matrix product's own speed, measured just before."""
-import json, platform, statistics, time
+Parts: ceilings, startup, steps, sampling, scaling, learner, extraction, loading. They run one after the other with nothing beside them; within a part the ways take
+turns, and a figure is a median. FILE gets the parts that ran, under the name of the device; the others stay, if they are this machine's. `--quick` runs every part that needs no demo on toy sizes, to see that it works."""
+import argparse, importlib, json, os, sys, time
 from pathlib import Path
-import torch
-from blip3o_nb.core import data_path, seed_everything
-from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig, forward_flops
-from blip3o_nb.encoders import load_encoder
-from blip3o_nb.images import read_images
-from blip3o_nb.optimisation import fast_dtype
-from blip3o_nb.losses import BLIP3oFlowMatchingLoss
-from blip3o_nb.paths import LinearPath
-from blip3o_nb.samplers import sample
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = fast_dtype(DEVICE)
+PARTS = ("ceilings", "startup", "steps", "sampling", "scaling", "learner", "extraction", "loading")
+FILE = Path(__file__).parents[1]/"nbs/experiments/performance.json"
 
-def seconds(f, repeat=7):
-    "Median time of a call"
-    times = []
-    for _ in range(repeat + 2):
-        start = time.perf_counter()
-        f()
-        if DEVICE == "cuda": torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+def flat(x, name=""):
+    "Figures of a part by dotted names, without the single measurements"
+    if isinstance(x, dict):
+        for k, v in x.items(): yield from flat(v, f"{name}{' / ' if name else ''}{k}")
+    elif not isinstance(x, list): yield name, x
 
-def machine(n=2048):
-    "Operations a second of a square matrix product, and bytes a second of a copy"
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
-    big = torch.empty(2**26, device=DEVICE)
-    return 2*n**3/seconds(lambda: a @ b), 2*big.nbytes/seconds(lambda: big.clone())
-
-def training_step(model, bs):
-    "One step of the flow: forward, loss, backward, clipping and AdamW; without the weight average and the loop of fastai"
-    c, opt, loss = model.config, torch.optim.AdamW(model.parameters(), fused=True), BLIP3oFlowMatchingLoss(prediction_type=model.config.prediction_type, loss_space="sample")
-    x1, cond = (torch.randn(bs, n, d, device=DEVICE) for n, d in ((c.num_tokens, c.target_size), (c.cond_tokens, c.cond_size)))
-    def step():
-        s = LinearPath().sample(torch.randn_like(x1), x1, torch.rand(bs, device=DEVICE))
-        with torch.autocast(DEVICE, DTYPE, enabled=DTYPE != torch.float32): l = loss(model(s.xt, s.t, cond).float(), s)
-        l.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); opt.zero_grad()
-    return step
-
-def main(bs=32):
-    seed_everything(0)
-    flops, copy = machine()
-    rows = {"matrix product": (f"{flops/1e9:.0f} GFLOP/s", flops), "copy": (f"{copy/1e9:.1f} GB/s", copy)}
-    model = BLIP3oDiT(BLIP3oDiTConfig.from_preset("nano", clip_embedding_size=192, eva_embedding_size=256, num_tokens=65)).to(DEVICE)
-    def add(name, secs, ops=None): rows[name] = (f"{bs/secs:.0f} images/s" + (f", {ops*bs/secs/flops:.0%} of the matrix product" if ops else ""), bs/secs)
-    add("training step, nano, 65 tokens", seconds(training_step(model, bs)), 3*forward_flops(model.config)) # backward counts twice
-    cond = torch.randn(bs, 65, 256, device=DEVICE)
-    add("sampling, Euler, 4 steps", seconds(lambda: sample(model.eval(), cond, method="euler", steps=4)))
-    reader = read_images(data_path("openclipart.tar.gz"))
-    pictures = [s.image for s, _ in zip(reader, range(bs))]
-    for name in ("tiny-clip", "tiny-eva"):
-        enc = load_encoder(name, device=DEVICE)
-        pixels = torch.stack([enc.preprocess(im) for im in pictures]).to(DEVICE)
-        add(f"tokens, {name}", seconds(lambda: enc.tokens(pixels)))
-    about = dict(machine=platform.machine(), device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", threads=torch.get_num_threads(), torch=torch.__version__, dtype=str(DTYPE), batch=bs)
-    print(about)
-    for k, (shown, _) in rows.items(): print(f"{k:34}{shown}")
-    Path(__file__).with_name("results.json").write_text(json.dumps(dict(about=about, **{k: v for k, (_, v) in rows.items()}), indent=1) + "\n")
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0]); p.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS)); p.add_argument("--quick", action="store_true")
+    p.add_argument("--out", type=Path, default=FILE); p.add_argument("--gb", type=float, default=20.); p.add_argument("--folder"); p.add_argument("--run", type=Path, default=Path("runs/demo")); p.add_argument("--device")
+    a = p.parse_args()
+    if unknown := set(a.parts) - set(PARTS): p.error(f"no part {', '.join(sorted(unknown))}: choose of {', '.join(PARTS)}")
+    if a.device: os.environ["BENCH_DEVICE"] = a.device
+    import machine
+    if machine.DEVICE == "cuda" and not machine.torch.cuda.is_available(): sys.exit("no CUDA device: run `make bench` on the CPU")
+    parts = a.parts or PARTS
+    if "sampling" in parts and not a.quick and not (a.run/"checkpoint").exists(): sys.exit(f"no checkpoint in {a.run}: run `make demo` first, or give its folder with --run")
+    options = dict(loading=dict(gb=a.gb, folder=a.folder), sampling=dict(run=a.run))
+    for part in parts:
+        begun = time.perf_counter()
+        r = machine.ceilings(3 if a.quick else 9) if part == "ceilings" else importlib.import_module(part).main(a.quick, **options.get(part, {}))
+        print(f"\n{part} ({time.perf_counter() - begun:.0f} s)", *[f"  {k:76} {v:.4g}" if isinstance(v, float) else f"  {k:76} {v}" for k, v in flat(r)], sep="\n", flush=True)
+        record = json.loads(a.out.read_text()) if a.out.exists() else {}
+        if record.get(machine.DEVICE, {}).get("about") != (about := machine.about()): record[machine.DEVICE] = {"about": about} # another machine's figures are no company
+        record[machine.DEVICE][part] = r
+        a.out.write_text(json.dumps(record, indent=1) + "\n")
 
 if __name__ == "__main__": main()

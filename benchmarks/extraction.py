@@ -1,19 +1,19 @@
-"""How fast pictures become tokens: `python benchmarks/extraction.py [--pictures 48]` (part of `make bench`).
+"""How fast pictures become tokens.
 
 A plain loop over a Hugging Face tower, one picture at a time (open, processor, forward, keep), as earlier attempts extracted, beside `extract` with the
 same tower, weights and pictures. Random weights, since speed does not depend on them; the two towers of a run are the same one, in both.
 The runs alternate and their medians are compared; the tokens are held against each other. The share is that of the towers' operations in what a float32
 matrix product does in a second, measured in the same run: no order of the work gains more than 1/share in that precision. Large pictures are read with
-`fast_decode`. Writes benchmarks/extraction.json."""
-import argparse, json, os, platform, shutil, statistics, tempfile, time
+`fast_decode`."""
+import shutil, tempfile, time
 from pathlib import Path
 import numpy as np, torch, transformers
 from PIL import Image
 from blip3o_nb.encoders import load_encoder
 from blip3o_nb.extract import extract
 from blip3o_nb.optimisation import fast_dtype
+from machine import DEVICE, median, product
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOWERS = { # vision towers of CLIP as published, and two small ones, the first of the shipped CLIP's size
     "6 x 192, patch 12, 96 px": dict(hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, patch_size=12, image_size=96),
     "8 x 384, patch 32, 224 px": dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6, patch_size=32),
@@ -29,15 +29,6 @@ def make_pictures(folder, n, size):
         layers = [(a, Image.fromarray(rng.integers(0, 255, (3*k, 4*k, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)) for k, a in ((4, .5), (16, .3), (60, .2))]
         Image.fromarray(sum(a*np.asarray(im, dtype=np.float32) for a, im in layers).astype(np.uint8)).save(folder/f"{i:04d}.jpg", quality=90)
 
-def matrix_rate(n=1536):
-    "Operations a second of a float32 matrix product"
-    a, b, best = torch.randn(n, n, device=DEVICE), torch.randn(n, n, device=DEVICE), 1e9
-    for _ in range(7):
-        begun = time.perf_counter(); a @ b
-        if DEVICE == "cuda": torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begun)
-    return 2*n**3/best
-
 def tower_flops(v):
     "Of one picture: products of the blocks and of attention"
     w, n = v["hidden_size"], (v.get("image_size", 224)//v["patch_size"])**2 + 1
@@ -51,7 +42,7 @@ def make_tower(folder, vision):
     side = vision.get("image_size", 224)
     transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(folder)
 
-def plain_loop(folder, pictures, repeat=1):
+def plain_loop(folder, pictures):
     "One picture at a time through the library's own classes, each of the two towers"
     model = transformers.CLIPModel.from_pretrained(folder).eval().to(DEVICE)
     processor, kept = transformers.CLIPImageProcessor.from_pretrained(folder), {}
@@ -61,41 +52,33 @@ def plain_loop(folder, pictures, repeat=1):
         with torch.no_grad(): kept[p.stem] = [model.vision_model(pixel_values=px).last_hidden_state[0].float().cpu() for _ in range(2)]
     return time.perf_counter() - begun, kept
 
-def ours(folder, pictures, out, dtype, num_workers, fast_decode, compile=False):
-    enc = load_encoder(str(folder), device=DEVICE, dtype=dtype, compile=compile)
-    if compile: enc.tokens(torch.zeros(16, 3, *[enc.tower.image_size]*2)) # compiling is not counted
+def ours(folder, pictures, out, dtype, fast_decode):
+    enc = load_encoder(str(folder), device=DEVICE, dtype=dtype)
     begun = time.perf_counter()
-    ds = extract(pictures[0].parent, out, enc, enc, bs=16, progress=False, num_workers=num_workers, fast_decode=fast_decode)
+    ds = extract(pictures[0].parent, out, enc, enc, bs=16, progress=False, fast_decode=fast_decode)
     return time.perf_counter() - begun, ds
 
-def main():
-    p = argparse.ArgumentParser(); p.add_argument("--pictures", type=int, default=24); p.add_argument("--repeat", type=int, default=3); p.add_argument("--towers", default=""); p.add_argument("--workers", type=int, default=0)
-    p.add_argument("--compile", action="store_true")
-    a = p.parse_args()
+def main(quick=False, pictures=24, rounds=3):
     transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
     root, rows, dtype = Path(tempfile.mkdtemp()), {}, fast_dtype(DEVICE)
-    about = dict(machine=platform.machine(), device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", threads=torch.get_num_threads(), torch=torch.__version__, dtype=str(dtype), repeat=a.repeat)
-    print(about)
     try:
         for (name, vision), (of, size) in [(t, s) for s in SIZES.items() for t in TOWERS.items()]:
-            if a.towers not in name or "L/14" in name and size[0] > 999: continue
-            n, large, row = a.pictures if size[0] < 999 else a.pictures//2, size[0] > 999, f"{of}, {name}"
-            if "L/14" in name: n = max(8, n//4)
+            large, row = size[0] > 999, f"{of}, {name}"
+            if "L/14" in name and large or quick and (large or "6 x 192" not in name): continue
+            n = 4 if quick else max(8, pictures//4) if "L/14" in name else pictures//2 if large else pictures
             here = root/row.replace("/", "_"); (here/"pictures").mkdir(parents=True); make_pictures(here/"pictures", n, size)
             make_tower(here/"tower", vision)
-            if not large: rate = matrix_rate()
-            pictures, times = sorted((here/"pictures").iterdir()), dict(plain=[], ours=[])
-            for r in range(a.repeat):
-                t, kept = plain_loop(here/"tower", pictures); times["plain"].append(t)
+            files, times, multiply = sorted((here/"pictures").iterdir()), dict(plain=[], ours=[]), product("fp32")
+            rates = []
+            for r in range(1 if quick else rounds):
+                rates += [multiply() for _ in range(5)]
+                t, kept = plain_loop(here/"tower", files); times["plain"].append(t)
                 shutil.rmtree(here/"out", ignore_errors=True)
-                t, ds = ours(here/"tower", pictures, here/"out", dtype, a.workers, large, a.compile); times["ours"].append(t)
+                t, ds = ours(here/"tower", files, here/"out", dtype, large); times["ours"].append(t)
             cos = min(torch.nn.functional.cosine_similarity(ds[k][c].double(), x.double(), dim=-1).min().item() for k, xs in kept.items() for c, x in zip(("clip", "eva"), xs))
-            per = {k: n/statistics.median(t) for k, t in times.items()}
+            per, rate = {k: n/median(t) for k, t in times.items()}, 1/median(rates)
             share = {k: v*2*tower_flops(vision)/rate for k, v in per.items()}
-            rows[row] = dict(pictures=n, plain_images_per_s=per["plain"], images_per_s=per["ours"], ratio=per["ours"]/per["plain"], min_cosine=cos, plain_share=share["plain"], share=share["ours"], times=times)
-            print(f"{row:52} plain {per['plain']:6.2f} images/s ({share['plain']:4.0%})   extract {per['ours']:6.2f} images/s ({share['ours']:4.0%})   ratio {rows[row]['ratio']:.2f}   smallest cosine of a token {cos:.6f}", flush=True)
+            rows[row] = dict(pictures=n, fast_decode=large, plain_images_per_s=per["plain"], images_per_s=per["ours"], ratio=per["ours"]/per["plain"], min_cosine=cos, plain_share=share["plain"], share=share["ours"], times=times)
             shutil.rmtree(here)
     finally: shutil.rmtree(root)
-    if not a.towers: Path(__file__).with_suffix(".json").write_text(json.dumps(dict(about=about, **rows), indent=1) + "\n")
-
-if __name__ == "__main__": main()
+    return dict(dtype=str(dtype).removeprefix("torch."), rows=rows)

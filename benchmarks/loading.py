@@ -1,10 +1,11 @@
-"""How features are read: `python benchmarks/loading.py [--gb 20] [--folder DIR]` (part of `make bench`).
+"""How features are read.
 
 Writes a set of the size of two real towers (256 tokens of 1024 and of 4096 channels, bf16) with `ShardWriter`, then measures, each in
 a process of its own: memory and first batch over the whole set, and bytes a second from cached files beside a plain copy of the same bytes in
-memory, beside a memory map of the same files, and beside the pickles that earlier attempts stored. Writes benchmarks/loading.json."""
-import argparse, json, pickle, shutil, statistics, subprocess, sys, tempfile, threading, time
+memory, beside a memory map of the same files, and beside the pickles that earlier attempts stored."""
+import json, pickle, shutil, statistics, sys, tempfile, threading, time
 from pathlib import Path
+from machine import in_child
 
 BS, SHAPES = 8, {"clip": (256, 1024), "eva": (256, 4096)}
 SAMPLE = sum(n*d*2 for n, d in SHAPES.values()) # bytes
@@ -88,29 +89,19 @@ def pickles(folder, file):
     {k: data[f"{k}_blip3o_embeddings"][:BS].clone() for k in SHAPES}
     return dict(first_batch_s=time.perf_counter() - begun, rss_mb=status("VmHWM"), gb=file.stat().st_size/1e9)
 
-def main():
-    p = argparse.ArgumentParser(); p.add_argument("--gb", type=float, default=20); p.add_argument("--folder"); p.add_argument("--part"); p.add_argument("args", nargs="*")
-    a = p.parse_args()
-    if a.part: return print(json.dumps(globals()[a.part](*map(Path, a.args))))
-    def part(name, *args): # in a fresh process
-        r = subprocess.run([sys.executable, __file__, "--part", name, *map(str, args)], capture_output=True, text=True)
-        if r.returncode: sys.exit(r.stderr)
-        return json.loads(r.stdout.splitlines()[-1])
-    root = Path(tempfile.mkdtemp(dir=a.folder, prefix="bench-"))
-    if shutil.disk_usage(root).free < a.gb*1e9 + 8e9: sys.exit(f"{root.parent} has not {a.gb + 8:.0f} GB free: choose another --folder, or a smaller --gb")
+def main(quick=False, gb=20., folder=None):
+    if quick: gb, SMALL = .7, .7
+    else: SMALL = 1.
+    part = lambda name, *args: in_child(__file__, name, *args)
+    root = Path(tempfile.mkdtemp(dir=folder, prefix="bench-"))
     try:
-        rows = dict(sample_mb=SAMPLE/1e6, batch=BS, write_gb_per_s=a.gb/make(root/"large", a.gb))
+        if shutil.disk_usage(root).free < gb*1e9 + 8e9: sys.exit(f"{root.parent} has not {gb + 8:.0f} GB free: choose another --folder, or a smaller --gb")
+        rows = dict(sample_mb=SAMPLE/1e6, batch=BS, write_gb_per_s=gb/make(root/"large", gb))
         rows["whole set"] = part("iterate", root/"large"); shutil.rmtree(root/"large")
-        make(root/"small", 1.); rows["from cached files"] = part("throughput", root/"small")
+        make(root/"small", SMALL); rows["from cached files"] = part("throughput", root/"small")
         part("pickles", root/"small", root/"p.pkl"); rows["one pickle"] = part("pickles", root/"small", root/"p.pkl")
         rows["shards of the same samples"] = part("iterate", root/"small")
     finally: shutil.rmtree(root)
-    t, c = rows["from cached files"], rows["from cached files"]["plain copy in memory (numpy, one thread)"]["gb_per_s"]
-    w = rows["whole set"]
-    print(f"written at {rows['write_gb_per_s']:.2f} GB/s\none epoch of {w['gb']:.1f} GB: first batch {w['first_batch_s']:.2f} s, memory at most {w['rss_mb']:.0f} MB ({w['rss_before_mb']:.0f} MB before)")
-    for k, v in t.items(): print(f"{k:44}{v['gb_per_s']:6.2f} GB/s  {v['gb_per_s']/c:5.0%} of the first row, spread {v['spread']:.0%}")
-    k, s = rows["one pickle"], rows["shards of the same samples"]
-    print(f"pickle of {k['gb']:.1f} GB: first batch {k['first_batch_s']:.2f} s, {k['rss_mb']:.0f} MB; shards of the same samples: {s['first_batch_s']:.2f} s, {s['rss_mb']:.0f} MB")
-    Path(__file__).with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
 
-if __name__ == "__main__": main()
+if __name__ == "__main__" and sys.argv[1] == "--child": print(json.dumps(globals()[sys.argv[2]](*map(Path, sys.argv[3:]))))

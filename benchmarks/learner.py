@@ -1,9 +1,8 @@
-"""What the Learner and its callbacks cost beside a bare loop, and what bfloat16 saves: `python benchmarks/training.py` (or `make bench`).
+"""What the Learner and its callbacks cost beside a bare loop, and what bfloat16 saves.
 
 One network of preset `base` (256 tokens, EVA 4096 to CLIP 1024, batch 4) takes the same steps in turns, in one process: in a bare PyTorch loop
-(forward, loss, backward, clipping, AdamW) and in a Learner with all the callbacks that `blip3o_train` gives it. Prints medians and the ratio of
-each turn, and writes benchmarks/training.json."""
-import json, platform, statistics, tempfile, time
+(forward, loss, backward, clipping, AdamW) and in a Learner with all the callbacks that `blip3o_train` gives it."""
+import tempfile
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
@@ -15,14 +14,9 @@ from blip3o_nb.paths import LinearPath
 from blip3o_nb.recipes import make_config
 from blip3o_nb.shards import ShardWriter
 from blip3o_nb.training import learner_of, loaders, model_of
+from machine import DEVICE, DTYPES, median, now, spread
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BS, TURNS = (4, 3) if DEVICE == "cpu" else (64, 20)
 EVERY, KINDS = 3, ("probed", "plain", "plain", "monitored") # of the steps of a turn, by a MonitorCallback(3)
-
-def now():
-    if DEVICE == "cuda": torch.cuda.synchronize()
-    return time.perf_counter()
 
 class Clock(Callback):
     "Seconds of each step, loading of its batch included"
@@ -45,38 +39,33 @@ def bare(model, opt, dls, norms, dtype):
         seconds.append(now() - at); at = now()
     return seconds
 
-def turns(folder, precision):
-    "Median seconds of the steps of each kind, in the bare loop and in the Learner"
-    dtype, out = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision], tempfile.mkdtemp()
-    c = make_config(embeddings_dir=str(folder), output_dir=out, batch_size=BS, num_epochs=1, precision=precision, eval_samples=0, schedule="constant", warmup=0., max_samples=BS*len(KINDS), valid_samples=1,
-                    checkpoint_every=10**9, monitor_every=EVERY)
+def steps(folder, precision, bs, turns, **options):
+    "Seconds of the steps of each kind, in the bare loop and in the Learner"
+    dtype, out = DTYPES[precision], tempfile.mkdtemp()
+    c = make_config(embeddings_dir=str(folder), output_dir=out, batch_size=bs, num_epochs=1, precision=precision, eval_samples=0, schedule="constant", warmup=0., max_samples=bs*len(KINDS), valid_samples=1,
+                    checkpoint_every=10**9, monitor_every=EVERY, **options)
     dls, clock, seconds = loaders(c, folder), Clock(), {}
     model = model_of(c, dls).to(DEVICE)
     learn = learner_of(c, dls, model, progress=False, cbs=[clock])
     learn.remove_cb(learn.checkpoint) # writing states is bounded by the disk and as rare as one likes
     opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    for i in range(TURNS):
+    for i in range(turns):
         for s in bare(model, opt, dls, (learn.flow.target_norm, learn.flow.cond_norm), dtype)[1:]: seconds.setdefault("bare", []).append(s)
         learn.fit(1, 1e-4)
         for kind, s in zip(KINDS, clock.seconds, strict=True): seconds.setdefault(kind, []).append(s)
-    return seconds, 3*forward_flops(model.config)*BS, learn.monitor.probe_every
+    return seconds, 3*forward_flops(model.config)*bs, learn.monitor.probe_every
 
-def main():
+def main(quick=False):
     seed_everything(0)
-    folder, n, every = Path(tempfile.mkdtemp())/"features", 2*BS*len(KINDS) + 16, make_config().monitor_every
+    bs, turns = (2, 1) if quick else (4, 4) if DEVICE == "cpu" else (64, 20)
+    tokens, clip, eva = (16, 32, 64) if quick else (256, 1024, 4096)
+    folder, n, every = Path(tempfile.mkdtemp())/"features", 2*bs*len(KINDS) + 16, make_config().monitor_every
     with ShardWriter(folder, {"clip": {"model": "noise"}, "eva": {"model": "noise"}}) as w:
-        w.add_batch([f"{i:05}" for i in range(n)], torch.randn(n, 256, 1024), torch.randn(n, 256, 4096), [""]*n, [""]*n)
-    results = dict(about=dict(machine=platform.machine(), device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", threads=torch.get_num_threads(), torch=torch.__version__,
-                              batch=BS, turns=TURNS, bf16_in_hardware=fast_dtype(DEVICE) == torch.bfloat16))
+        w.add_batch([f"{i:05}" for i in range(n)], torch.randn(n, tokens, clip), torch.randn(n, tokens, eva), [""]*n, [""]*n)
+    results = dict(batch=bs, turns=turns, monitored_every=every)
     for precision in ("fp32", "bf16") if fast_dtype(DEVICE) == torch.bfloat16 else ("fp32",):
-        seconds, flops, probe_every = turns(folder, precision)
-        t = {k: statistics.median(v) for k, v in seconds.items()}
+        seconds, flops, probe_every = steps(folder, precision, bs, turns, **(dict(model_size="nano") if quick else {}))
+        t = {k: median(v) for k, v in seconds.items()}
         ours = t["plain"] + (t["monitored"] - t["plain"])/every + (t["probed"] - t["monitored"])/(every*probe_every)
-        results[precision] = dict(median=t, learner=ours, overhead=ours/t["bare"] - 1, gflops=flops/t["bare"]/1e9, seconds=seconds)
-        print(f"{precision}: {', '.join(f'{k} {v:.2f} s' for k, v in t.items())} a step; bare loop {flops/t['bare']/1e9:.0f} GFLOP/s; with one step of {every} monitored and one of {every*probe_every} probed "
-              f"the Learner takes {ours:.2f} s, {ours/t['bare'] - 1:.1%} more")
-    if "bf16" in results: print(f"bf16 is {results['fp32']['learner']/results['bf16']['learner']:.2f} times as fast as fp32")
-    else: print("bf16: this processor has no instructions for it, so it is not measured")
-    Path(__file__).with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-
-if __name__ == "__main__": main()
+        results[precision] = dict(step_s=t, spread={k: spread(v) for k, v in seconds.items()}, learner_s=ours, overhead=ours/t["bare"] - 1, flops_per_s=flops/t["bare"], probed_every=every*probe_every)
+    return results
