@@ -17,12 +17,12 @@ def flat(x, name=""):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0]); p.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS)); p.add_argument("--quick", action="store_true")
-    p.add_argument("--out", type=Path, default=FILE); p.add_argument("--gb", type=float, default=20.); p.add_argument("--folder"); p.add_argument("--run", type=Path, default=Path("runs/demo")); p.add_argument("--device")
+    p.add_argument("--out", type=Path, default=FILE); p.add_argument("--gb", type=float, default=20.); p.add_argument("--folder"); p.add_argument("--run", type=Path, default=Path("runs/demo")); p.add_argument("--device", choices=("cpu", "cuda"))
     a = p.parse_args()
     if unknown := set(a.parts) - set(PARTS): p.error(f"no part {', '.join(sorted(unknown))}: choose of {', '.join(PARTS)}")
-    if a.device: os.environ["BENCH_DEVICE"] = a.device
+    if a.device == "cpu": os.environ["CUDA_VISIBLE_DEVICES"] = "" # for the library and for child processes, too
     import machine
-    if machine.DEVICE == "cuda" and not machine.torch.cuda.is_available(): sys.exit("no CUDA device: run `make bench` on the CPU")
+    if a.device == "cuda" != machine.DEVICE: sys.exit("no CUDA device: run `make bench` on the CPU")
     parts = a.parts or PARTS
     if "sampling" in parts and not a.quick and not (a.run/"checkpoint").exists(): sys.exit(f"no checkpoint in {a.run}: run `make demo` first, or give its folder with --run")
     options = dict(loading=dict(gb=a.gb, folder=a.folder), sampling=dict(run=a.run))

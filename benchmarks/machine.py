@@ -3,7 +3,7 @@ import json, os, platform, statistics, sys, time
 import torch, torch.nn.functional as F
 from blip3o_nb.optimisation import fast_dtype
 
-DEVICE = os.environ.get("BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 
 def now():

@@ -118,6 +118,15 @@ def pictures(tmp_path_factory):
     for i in range(48): (folder/f"{i:03d}.webp").write_bytes(shipped.files(i)["webp"]); (folder/f"{i:03d}.txt").write_bytes(shipped.files(i)["txt"])
     return folder
 
+def test_a_reader_that_dies_while_the_towers_work_is_one_line(tmp_path, encoders, pictures, monkeypatch):
+    import multiprocessing
+    from blip3o_nb.core import InputError
+    from blip3o_nb.extract import extract
+    def tokens(pixels): # torch's signal handler raises here, not where the next batch is asked for
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL); time.sleep(20)
+    monkeypatch.setattr(encoders[0], "tokens", tokens)
+    with pytest.raises(InputError, match="fewer num_workers"): extract(pictures, tmp_path/"out", *encoders, num_workers=1, **RUN)
+
 def run(monkeypatch, capsys, program, *args):
     "A console program, in this process"
     from blip3o_nb import cli
