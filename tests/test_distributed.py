@@ -185,7 +185,8 @@ def test_a_number_that_is_not_finite_stops_both_with_one_line(two):
     assert two.returncode == 1 and set(says) == {"InputError", "Elsewhere"} and says["InputError"] == says["Elsewhere"], two.stderr[-3000:]
     assert says["InputError"].startswith("the loss is nan in step 4, which was not taken: the features of the batch")
     assert "Traceback" not in two.stderr.split("torch/distributed/elastic")[0] # the launcher's own comes after
-    assert re.findall(r"exitcode\s+: (\d+)", two.stderr) == ["2", "2"]
+    codes = re.findall(r"exitcode\s+: (-?\d+)", two.stderr) # where the launcher looks between the two ends, it ends the second itself
+    assert "2" in codes and set(codes) <= {"2", "-15"}
     assert two.ended - float(re.search(r"at (\S+)", two.stderr)[1]) < 60
 
 @pytest.mark.fault("a process of two that stops", "training", "the other ends")
