@@ -1,7 +1,7 @@
 """What the Learner and its callbacks cost beside a bare loop, and what bfloat16 saves.
 
-One network of preset `base` (256 tokens, EVA 4096 to CLIP 1024, batch 4) takes the same steps in turns, in one process: in a bare PyTorch loop
-(forward, loss, backward, clipping, AdamW) and in a Learner with all the callbacks that `blip3o_train` gives it."""
+Two networks of preset `base` (256 tokens, EVA 4096 to CLIP 1024, batch 4) take steps in turns, in one process: one in a Learner with all the callbacks that
+`blip3o_train` gives it, one in a bare PyTorch loop (forward, loss, backward, clipping, AdamW). The overhead is made of medians of ratios of neighbours."""
 import tempfile
 from pathlib import Path
 import torch
@@ -18,17 +18,35 @@ from machine import DEVICE, DTYPES, median, now, spread
 
 EVERY, KINDS = 3, ("probed", "plain", "plain", "monitored") # of the steps of a turn, by a MonitorCallback(3)
 
-class Clock(Callback):
-    "Seconds of each step, loading of its batch included"
+class Stamp(Callback):
+    "When an event has reached the callbacks up to here"
+    def __init__(self, order): self.order, self.at = order, {}
+    def __call__(self, event): self.at[event] = now()
+
+TORCH = (("before_batch", "after_pred"), ("after_pred", "after_loss"), ("before_backward", "after_backward"), ("before_step", "after_step")) # between them the step itself works
+
+class Pair(Callback):
+    """Seconds of each step (loading included), of what the Learner adds within it, and of a bare step that follows each. Neighbours in time, since a machine is not the
+    same from one minute to the next; and even so a step varies by more than the Learner adds, so that this is also counted within the step: all but what a bare loop does"""
     order = 99
-    def before_train(self): self.at, self.seconds = now(), []
+    def __init__(self, bare): self.bare, self.rows, self.first, self.last, self.shared = bare, [], Stamp(-100), Stamp(98), 0.
+    def before_fit(self):
+        for cb, event in ((self.flow, "before_batch"), (self.clip, "before_step")): setattr(cb, event, self.counted(type(cb), cb, event))
+    def counted(self, cls, cb, event): # a bare loop makes its batch and clips, too
+        def f():
+            begun = now(); getattr(cls, event)(cb); self.shared += now() - begun
+        return f
+    def before_train(self): self.it, self.at = self.bare(), now()
     def after_batch(self):
-        if self.training: self.seconds.append(now() - self.at); self.at = now()
+        if not self.training: return
+        step, first, last = now() - self.at, self.first.at, self.last.at
+        own = step - self.shared - (first["before_batch"] - self.at) - sum(first[b] - last[a] for a, b in TORCH)
+        at = now(); next(self.it)
+        self.rows.append((step, own, now() - at)); self.shared, self.at = 0., now()
 
 def bare(model, opt, dls, norms, dtype):
-    "Seconds of each step of an epoch without fastai"
-    loss, path, seconds = BLIP3oFlowMatchingLoss(prediction_type="sample", loss_space="sample"), LinearPath(), []
-    model.train(); at = now()
+    "An epoch without fastai, a step for each `next`"
+    loss, path = BLIP3oFlowMatchingLoss(prediction_type="sample", loss_space="sample"), LinearPath()
     for cond, target in dls.train:
         x1 = norms[0].encode(target)
         s = path.sample(torch.randn_like(x1), x1, torch.rand(len(x1), device=x1.device))
@@ -36,36 +54,39 @@ def bare(model, opt, dls, norms, dtype):
         loss(out.float(), s).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step(); opt.zero_grad()
-        seconds.append(now() - at); at = now()
-    return seconds
+        yield
 
 def steps(folder, precision, bs, turns, **options):
-    "Seconds of the steps of each kind, in the bare loop and in the Learner"
-    dtype, out = DTYPES[precision], tempfile.mkdtemp()
-    c = make_config(embeddings_dir=str(folder), output_dir=out, batch_size=bs, num_epochs=1, precision=precision, eval_samples=0, schedule="constant", warmup=0., max_samples=bs*len(KINDS), valid_samples=1,
+    "Seconds of the steps of each kind, each with those of the bare step beside it"
+    c = make_config(embeddings_dir=str(folder), output_dir=tempfile.mkdtemp(), batch_size=bs, num_epochs=1, precision=precision, eval_samples=0, schedule="constant", warmup=0., max_samples=bs*len(KINDS), valid_samples=1,
                     checkpoint_every=10**9, monitor_every=EVERY, **options)
-    dls, clock, seconds = loaders(c, folder), Clock(), {}
-    model = model_of(c, dls).to(DEVICE)
-    learn = learner_of(c, dls, model, progress=False, cbs=[clock])
+    dls, plain = loaders(c, folder), loaders(c, folder)
+    model, twin = model_of(c, dls).to(DEVICE), model_of(c, dls).to(DEVICE).train()
+    opt = torch.optim.AdamW(twin.parameters(), lr=1e-4, fused=True)
+    pair = Pair(lambda: bare(twin, opt, plain, (learn.flow.target_norm, learn.flow.cond_norm), DTYPES[precision]))
+    learn = learner_of(c, dls, model, progress=False, cbs=[pair, pair.first, pair.last])
     learn.remove_cb(learn.checkpoint) # writing states is bounded by the disk and as rare as one likes
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    for i in range(turns):
-        for s in bare(model, opt, dls, (learn.flow.target_norm, learn.flow.cond_norm), dtype)[1:]: seconds.setdefault("bare", []).append(s)
-        learn.fit(1, 1e-4)
-        for kind, s in zip(KINDS, clock.seconds, strict=True): seconds.setdefault(kind, []).append(s)
-    return seconds, 3*forward_flops(model.config)*bs, learn.monitor.probe_every
+    learn.fit(1, 1e-4); pair.rows.clear() # the first makes the optimisers' moments
+    for _ in range(turns): learn.fit(1, 1e-4)
+    pairs = {k: [] for k in KINDS}
+    for kind, row in zip(KINDS*turns, pair.rows, strict=True): pairs[kind].append(row)
+    return pairs, 3*forward_flops(model.config)*bs, learn.monitor.probe_every
 
 def main(quick=False):
     seed_everything(0)
-    bs, turns = (2, 1) if quick else (4, 4) if DEVICE == "cpu" else (64, 20)
+    bs, turns = (2, 1) if quick else (4, 5) if DEVICE == "cpu" else (64, 20)
     tokens, clip, eva = (16, 32, 64) if quick else (256, 1024, 4096)
     folder, n, every = Path(tempfile.mkdtemp())/"features", 2*bs*len(KINDS) + 16, make_config().monitor_every
     with ShardWriter(folder, {"clip": {"model": "noise"}, "eva": {"model": "noise"}}) as w:
         w.add_batch([f"{i:05}" for i in range(n)], torch.randn(n, tokens, clip), torch.randn(n, tokens, eva), [""]*n, [""]*n)
     results = dict(batch=bs, turns=turns, monitored_every=every)
     for precision in ("fp32", "bf16") if fast_dtype(DEVICE) == torch.bfloat16 else ("fp32",):
-        seconds, flops, probe_every = steps(folder, precision, bs, turns, **(dict(model_size="nano") if quick else {}))
-        t = {k: median(v) for k, v in seconds.items()}
-        ours = t["plain"] + (t["monitored"] - t["plain"])/every + (t["probed"] - t["monitored"])/(every*probe_every)
-        results[precision] = dict(step_s=t, spread={k: spread(v) for k, v in seconds.items()}, learner_s=ours, overhead=ours/t["bare"] - 1, flops_per_s=flops/t["bare"], probed_every=every*probe_every)
+        pairs, flops, probe_every = steps(folder, precision, bs, turns, **(dict(model_size="nano") if quick else {}))
+        theirs, t = [b for rows in pairs.values() for *_, b in rows], lambda kind, f: median([f(*row) for row in pairs[kind]])
+        def mean(f): # of all steps, by how often each kind comes
+            plain, monitored, probed = (t(k, f) for k in ("plain", "monitored", "probed"))
+            return plain + (monitored - plain)/every + (probed - monitored)/(every*probe_every)
+        own, step = {k: t(k, lambda step, own, bare: own) for k in pairs}, median(theirs)
+        results[precision] = dict(bare_s=step, spread=spread(theirs), own_s=own, own=mean(lambda step, own, bare: own)/t("plain", lambda step, own, bare: step - own), neighbours=mean(lambda step, own, bare: step/bare) - 1,
+                                  flops_per_s=flops/step, probed_every=every*probe_every, rows=pairs)
     return results

@@ -13,7 +13,7 @@ from machine import DEVICE, median, seconds, spread, turns
 from peers import midpoint
 from steps import NETWORKS, batch, build, sizes
 
-RUNS = [("euler", n, s) for s in (1., .5, .25) for n in (1, 2, 3, 4, 5, 6, 8)] + [("midpoint", n, s) for s in (1., .5) for n in (1, 2, 3, 4)]
+RUNS = [("euler", n, s) for s in (1., .5, .2, .1) for n in (1, 2, 3, 4, 5, 6, 8)] + [("midpoint", n, s) for s in (1., .5) for n in (1, 2, 3, 4)]
 
 def grid(steps, shift): return shift_times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)
 

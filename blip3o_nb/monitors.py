@@ -96,8 +96,9 @@ class MonitorCallback(Callback):
         self.before = [p.detach().clone() for p in self.model.parameters()]
     def after_step(self): # fastai calls it for steps that were left out, too
         if self.row is None: return
-        moved = torch._foreach_sub([p.detach() for p in self.model.parameters()], self.before)
-        self.row["update_ratio"] = (total_norm(moved)/total_norm(self.before)).item()
+        size = total_norm(self.before)
+        torch._foreach_sub_(self.before, [p.detach() for p in self.model.parameters()]) # in place: as large as the weights
+        self.row["update_ratio"] = (total_norm(self.before)/size).item()
         rate = self.n/(time.perf_counter() - self.since)
         for k, v in {**self.row, "images_per_s": rate, "flops": rate*self.flops}.items(): self.record.setdefault(k, []).append(v)
         self.due, self.row, self.before, self.n, self.since = False, None, None, 0, time.perf_counter()
