@@ -26,13 +26,13 @@ def turns(ways, n, warm=1):
 def median(xs): return statistics.median(xs)
 def spread(xs): return (max(xs) - min(xs))/median(xs)
 
-def product(dtype, n=2048, k=768, m=3072):
-    "A way that multiplies two matrices of the sizes of a feed-forward layer: seconds for one operation"
-    a, b = torch.randn(n, k, device=DEVICE).to(DTYPES[dtype]), torch.randn(m, k, device=DEVICE).to(DTYPES[dtype])
-    repeat = 1 if DEVICE == "cpu" else 50
+def product(dtype, n=2048, k=768, m=3072, of="answer"):
+    "A way that multiplies two matrices of the sizes of a feed-forward layer (for its `answer`, or for the gradient of its `inputs` or `weights`): seconds for one operation"
+    x, w, g = (torch.randn(*s, device=DEVICE).to(DTYPES[dtype]) for s in ((n, k), (m, k), (n, m)))
+    multiply, repeat = dict(answer=lambda: F.linear(x, w), inputs=lambda: g @ w, weights=lambda: g.mT @ x)[of], 1 if DEVICE == "cpu" else 50
     def way():
         begun = now()
-        for _ in range(repeat): F.linear(a, b)
+        for _ in range(repeat): multiply()
         return (now() - begun)/(repeat*2*n*k*m)
     return way
 
@@ -48,7 +48,7 @@ def about():
 
 def ceilings(n=9):
     "What this machine can do: operations a second of a matrix product in each dtype, bytes a second of a copy"
-    t = turns({**{f"matrix product, {d}": product(d) for d in DTYPES}, "square matrix product, fp32": product("fp32", 2048, 2048, 2048), "copy": copy()}, n, warm=2)
+    t = turns({**{f"matrix product, {d}": product(d) for d in DTYPES}, **{f"for the gradient of {of}, {d}": product(d, of=of) for of in ("inputs", "weights") for d in DTYPES}, "square matrix product, fp32": product("fp32", 2048, 2048, 2048), "copy": copy()}, n, warm=2)
     return {k: dict(rate=1/median(v), spread=spread(v)) for k, v in t.items()}
 
 def in_child(file, *args, env=None):

@@ -11,7 +11,7 @@ __all__ = ['TASKS', 'HELD_OUT', 'one_line', 'InputError', 'Task', 'get_task', 'L
            'reading_ahead', 'data_path', 'toy_features', 'Config']
 
 # %% ../nbs/00_core.ipynb #01fbdc5a
-import functools, hashlib, json, os, random, re, tempfile
+import functools, hashlib, json, os, random, re, sys, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, asdict, fields
 from math import isqrt
@@ -241,10 +241,15 @@ def ranks() -> tuple: # (rank, number of processes)
 @contextmanager
 def reading_ahead():
     "Turn the end of a loader's process into an `InputError`: torch raises it wherever this process is just then, so all that happens while it reads stands in here"
+    shown = sys.unraisablehook
+    def show(u): # a thread that was about to start just then is forgotten by the one that starts it, and says so
+        if not (isinstance(u.exc_value, KeyError) and "thread started by" in (u.err_msg or "")): shown(u)
+    sys.unraisablehook = show
     try: yield
     except RuntimeError as e:
         if "DataLoader worker" not in str(e): raise
         raise InputError("a process that reads ahead was killed, most often for want of memory: start the same command again, with fewer num_workers; what is complete is kept") from ChildProcessError(str(e))
+    finally: sys.unraisablehook = shown
 
 # %% ../nbs/00_core.ipynb #791adc2e
 def data_path(

@@ -127,6 +127,24 @@ def test_a_reader_that_dies_while_the_towers_work_is_one_line(tmp_path, encoders
     monkeypatch.setattr(encoders[0], "tokens", tokens)
     with pytest.raises(InputError, match="fewer num_workers"): extract(pictures, tmp_path/"out", *encoders, num_workers=1, **RUN)
 
+def test_a_reader_that_dies_while_a_thread_starts_is_one_line(monkeypatch):
+    import _thread, threading
+    from blip3o_nb.core import InputError, reading_ahead
+    go, gone, said = threading.Event(), threading.Event(), []
+    monkeypatch.setattr(sys, "unraisablehook", lambda u: said.append(str(u.exc_value))) # which prints
+    def start(bootstrap, args): # the thread is there, and not yet in the books, when the handler raises
+        def later():
+            go.wait(10)
+            try: bootstrap(*args)
+            finally: gone.set()
+        _thread.start_new_thread(later, ())
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    monkeypatch.setattr(threading, "_start_new_thread", start)
+    with pytest.raises(InputError, match="fewer num_workers"), reading_ahead():
+        try: threading.Thread(target=print).start()
+        finally: go.set(); assert gone.wait(10); time.sleep(.1)
+    assert said == []
+
 def run(monkeypatch, capsys, program, *args):
     "A console program, in this process"
     from blip3o_nb import cli
