@@ -37,8 +37,8 @@ def iterate(folder):
     n = 1 + sum(1 for _ in it); took = time.perf_counter() - begun; end.set()
     return dict(samples=n*BS, gb=n*BS*SAMPLE/1e9, first_batch_s=first, gb_per_s=n*BS*SAMPLE/1e9/took, rss_mb=peak[0], rss_before_mb=before)
 
-def throughput(folder, repeat=5):
-    "Bytes of the files a second, medians of alternating runs; reading is done by one thread, a copy by torch by as many as it has"
+def throughput(folder, repeat=15):
+    "Bytes of the files a second, medians of alternating runs; reading is shared by as many threads as torch has, as is a copy by torch; numpy copies with one"
     import numpy as np, torch
     from safetensors import safe_open
     from blip3o_nb.loading import feature_dls
@@ -48,7 +48,7 @@ def throughput(folder, repeat=5):
     order = torch.randperm(len(ds), generator=torch.Generator().manual_seed(0)).split(BS)
     size = sum(map(len, order))*SAMPLE
     held, into = torch.empty(len(ds), SAMPLE//2, dtype=torch.int16), torch.empty(BS, SAMPLE//2, dtype=torch.int16)
-    for i in range(len(ds)): held[i] = torch.cat([ds.stored(k, torch.tensor([i])).flatten().view(torch.int16) for k in SHAPES])
+    for i in range(len(ds)): held[i] = torch.cat([x.flatten().view(torch.int16) for x in ds.stored(tuple(SHAPES), [i])])
     batches, plain = [held[i:i + BS] for i in range(0, len(ds), BS)], held.numpy()
     target = into.numpy()
     maps = [safe_open(ds.folder/s["file"], "pt") for s in ds.manifest["shards"]]
@@ -67,8 +67,8 @@ def throughput(folder, repeat=5):
     ways = {"plain copy in memory (numpy, one thread)": lambda: [np.copyto(target[:len(b)], b) for b in np.array_split(plain, len(batches))] and None,
             "copy in memory by torch, all threads": lambda: [into[:len(b)].copy_(b) for b in batches] and None,
             "the same into a new batch each time": lambda: [None for b in batches if b.clone() is None],
-            "FeatureDataset.stored": lambda: epoch(lambda i: [ds.stored(k, i) for k in SHAPES]), # shuffled, as all that follow
-            "the same, checksums not compared": lambda: epoch(lambda i: [unchecked.stored(k, i) for k in SHAPES]),
+            "FeatureDataset.stored": lambda: epoch(lambda i: ds.stored(tuple(SHAPES), i)), # shuffled, as all that follow
+            "the same, checksums not compared": lambda: epoch(lambda i: unchecked.stored(tuple(SHAPES), i)),
             "feature_dls, as stored": as_stored, "feature_dls, float32": as_float,
             "memory map": lambda: epoch(mapped)}
     times = {k: [] for k in ways}

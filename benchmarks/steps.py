@@ -132,7 +132,7 @@ def main(quick=False):
     else: t, prof = {p: training(p, 4, rounds, dtypes, compiled=p != "large") for p, rounds in (("tiny", 7), ("base", 5), ("large", 2))}, profile("base", 4, fast)
     child = lambda *a: in_child(__file__, *a)
     m = {n: child("memory", n, "tiny" if quick else "base", 4) for n in (["lineage"] if quick else NETWORKS)}
-    return dict(training=t, profile=prof, memory=m, attention=child("attention", 2048 if quick else 4096), cost=cost(1 if quick else 3, quick=quick))
+    return dict(training=t, profile=prof, memory=m, attention=child("attention", 4096), cost=cost(1 if quick else 3, quick=quick))
 
 if __name__ == "__main__" and sys.argv[1] == "--child":
     kind, *a = sys.argv[2:]

@@ -93,7 +93,7 @@ class Normalizer(torch.nn.Module):
         return z if self.mode == "l2" else z*self.std + self.mean
 
 # %% ../nbs/02c_loading.ipynb #063f61c9
-def _fetch(fetchers, idxs): return tuple(f(torch.tensor(idxs)) for f in fetchers)
+def _take(cond, target, idxs): return cond[idxs], target[idxs]
 def _floats(batch): return tuple(x.float() for x in batch)
 
 def task_loaders(
@@ -160,10 +160,13 @@ def feature_dls(
 ): # a fastai `DataLoaders` with `.task`, `.target_stats`, `.cond_stats` (of the training split, read when first asked for) and `.contract`
     "Batches `(cond, target)` `[B, N, D]` float32, not normalised; raises `InputError` for a split that is too small"
     task = get_task(task)
-    splits, columns = (FeatureDataset(folder, "train", share, max_samples), FeatureDataset(folder, "held_out", share, max_held_out)), {task.cond, task.target}
-    if in_memory is None: in_memory = sum(splits[0].shape(n).numel() for n in columns)*4*sum(map(len, splits)) < 2e9
-    get = [{n: ds.column(n).__getitem__ if in_memory else partial(ds.stored, n) for n in columns} for ds in splits]
-    return task_loaders(splits, tuple(ds.keys for ds in splits), tuple(partial(_fetch, (g[task.cond], g[task.target])) for g in get), task, splits[0].contract, splits[0].stats,
+    splits, names = (FeatureDataset(folder, "train", share, max_samples), FeatureDataset(folder, "held_out", share, max_held_out)), (task.cond, task.target)
+    if in_memory is None: in_memory = sum(splits[0].shape(n).numel() for n in set(names))*4*sum(map(len, splits)) < 2e9
+    def fetch(ds):
+        if not in_memory: return partial(ds.stored, names)
+        columns = {n: ds.column(n) for n in set(names)}
+        return partial(_take, *map(columns.get, names))
+    return task_loaders(splits, tuple(ds.keys for ds in splits), tuple(map(fetch, splits)), task, splits[0].contract, splits[0].stats,
                         bs, seed, num_workers, default_device(device), str(folder), share, repeat, tuple if stored else _floats)
 
 # %% ../nbs/02c_loading.ipynb #fc45e508
@@ -178,6 +181,5 @@ def tensor_dls(
     for name, (c, t) in zip(("training", "held-out"), splits):
         if len(c) != len(t): raise InputError(f"{len(c)} conditionings and {len(t)} targets in the {name} split: give both for the same pictures")
     def stats(column): return FeatureStats.of(train[0 if column == task.cond else 1])
-    def fetch(cond, target, idxs): return cond[idxs], target[idxs]
-    return task_loaders(tuple(t for _, t in splits), tuple(range(len(t)) for _, t in splits), tuple(partial(fetch, *s) for s in splits), task,
+    return task_loaders(tuple(t for _, t in splits), tuple(range(len(t)) for _, t in splits), tuple(partial(_take, *s) for s in splits), task,
                         contract or {}, stats, bs, seed, 0, default_device(device), "the tensors given")

@@ -9,7 +9,8 @@ __all__ = ['FEATURES', 'DTYPES', 'FORMATS', 'MANIFEST', 'SHARD_BYTES', 'HEADER',
            'read_manifest', 'ShardWriter', 'FeatureDataset', 'leak_check']
 
 # %% ../nbs/02_shards.ipynb #5df26e4d
-import hashlib, json, os, platform, re, shutil, tempfile
+import hashlib, json, os, platform, re, shutil, tempfile, threading
+from functools import lru_cache
 from math import isqrt
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -315,6 +316,9 @@ def add(self:ShardWriter, key:str, clip:torch.Tensor, eva:torch.Tensor, caption:
     self.add_batch([key], clip[None], eva[None], [caption], [image_hash])
 
 # %% ../nbs/02_shards.ipynb #180cd5b0
+@lru_cache(1)
+def _threads(pid): return ThreadPoolExecutor(os.cpu_count()) # as many as are asked for, of this process: a forked one has none of its parent's threads
+
 class FeatureDataset:
     "The samples of a set of shards, or of one side of its split; holds keys, captions and hashes, and reads tokens when they are asked for"
     def __init__(self,
@@ -347,38 +351,45 @@ class FeatureDataset:
         return torch.Size(self.manifest["shapes"][name])
     def __getstate__(self): return {**self.__dict__, "_open": {}}
 
-    def _file(self, i, keep=256): # opened in this process
-        if self._pid != os.getpid(): self._pid, self._open = os.getpid(), {}
-        if i not in self._open:
-            if len(self._open) >= keep: self._open.pop(next(iter(self._open))) # closed when nobody reads from it any more
-            self._open[i] = open(self.folder/self.manifest["shards"][i]["file"], "rb", buffering=0)
-        return self._open[i]
+    def _file(self, i, keep=256): # opened by this thread of this process
+        if self._pid != os.getpid(): self._open, self._pid = {}, os.getpid()
+        files = self._open.setdefault(threading.get_ident(), {})
+        if i not in files:
+            if len(files) >= keep: files.pop(next(iter(files))) # closed when nobody reads from it any more
+            files[i] = open(self.folder/self.manifest["shards"][i]["file"], "rb", buffering=0)
+        return files[i]
 
-    def _read(self, tensor, where, out):
-        "Fill the rows of `out` with those of a tensor that lie at `where`"
-        for row, (i, j) in zip(out.flatten(1).view(torch.uint8).numpy(), where.tolist()):
+    def _read(self, parts, where):
+        "Fill the rows of these tensors, (name in the file, tensor), with those that lie at `where`; as many threads as torch has share them, if each gets a megabyte"
+        rows = [(tensor, *r) for tensor, out in parts for r in zip(out.flatten(1).view(torch.uint8).numpy(), where.tolist())]
+        if (n := min(torch.get_num_threads(), len(rows), sum(out.nbytes for _, out in parts) >> 20)) < 2: return self._fill(rows)
+        for _ in _threads(os.getpid()).map(self._fill, (rows[k::n] for k in range(n))): pass
+
+    def _fill(self, rows):
+        for tensor, row, (i, j) in rows:
             try: (f := self._file(i)).seek(self._start[i][tensor] + j*row.nbytes); n = f.readinto(row)
             except OSError as e: raise InputError(f"cannot read {self.folder/self.manifest['shards'][i]['file']}: {e.strerror}; restore it") from e
             if n != row.nbytes: raise InputError(f"{f.name} ends early: it was cut short while it was read; restore it")
             if (sums := self._sums[i].get(tensor)) is not None and sums[j] != xxhash.xxh3_64_intdigest(row):
                 raise InputError(f"{f.name} does not match its checksums: the {tensor} tokens of '{_read_header(f.name)[0]['keys'][j]}' were damaged after writing; restore it, or extract into another folder")
-        return out
 
 # %% ../nbs/02_shards.ipynb #cc1cf638
 @patch
 def stored(self:FeatureDataset,
-    name:str, idxs:torch.Tensor # a column, and `[B]` positions in this dataset
-) -> torch.Tensor: # `[B, N, D]` in the dtype of the files; float32 for int8
+    names:tuple, idxs:torch.Tensor # columns, and `[B]` positions in this dataset
+) -> tuple: # of tensors `[B, N, D]` in the dtype of the files; float32 for int8
     "Tokens of these samples; raises `InputError` for a shard that has gone or was cut short"
-    where, shape = self._where[idxs], self.shape(name)                 # [B, 2]: shard, row
-    parts = {"": torch.empty(len(where), *shape, dtype=DTYPES[self.dtype])}
-    if self.dtype == "int8": parts["_scale"] = torch.empty(len(where), shape[0])
-    return unpack({s: self._read(name + s, where, out) for s, out in parts.items()})
+    where, parts = self._where[idxs], []                               # [B, 2]: shard, row
+    for shape in map(self.shape, names):
+        parts.append({"": torch.empty(len(where), *shape, dtype=DTYPES[self.dtype])})
+        if self.dtype == "int8": parts[-1]["_scale"] = torch.empty(len(where), shape[0])
+    self._read([(n + s, out) for n, p in zip(names, parts) for s, out in p.items()], where)
+    return tuple(map(unpack, parts))
 
 @patch
 def rows(self:FeatureDataset, name:str, idxs:torch.Tensor) -> torch.Tensor: # `[B, N, D]` float32
     "Tokens of these samples, in float32"
-    return self.stored(name, idxs).float()
+    return self.stored((name,), idxs)[0].float()
 
 @patch
 def column(self:FeatureDataset, name:str) -> torch.Tensor: # `[n, N, D]` float32

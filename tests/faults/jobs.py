@@ -27,7 +27,7 @@ def contents(out):
     if "converted.json" in files and "manifest.json" in files:
         from blip3o_nb.shards import FeatureDataset
         ds = FeatureDataset(out); order = sorted(range(len(ds)), key=ds.keys.__getitem__) # a resumed conversion has other shards
-        return [(ds.keys[i], ds.captions[i], *(ds.stored(c, [i]).tolist() for c in ("clip", "eva"))) for i in order]
+        return [(ds.keys[i], ds.captions[i], *(x.tolist() for x in ds.stored(("clip", "eva"), [i]))) for i in order]
     if any(n.endswith(".pkl") for n in files): # torch writes addresses into its bytes
         from blip3o_nb.pickles import read_pickle_shard
         return {n: str(read_pickle_shard(p)) if n.endswith(".pkl") else p.read_bytes() for n, p in files.items()}
