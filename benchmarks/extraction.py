@@ -2,23 +2,28 @@
 
 A plain loop over a Hugging Face tower, one picture at a time (open, processor, forward, keep), as earlier attempts extracted, beside `extract` with the
 same tower, weights and pictures. Random weights, since speed does not depend on them; the two towers of a run are the same one, in both.
-The runs alternate and their medians are compared; the tokens are held against each other. The share is that of the towers' operations in what a float32
-matrix product does in a second, measured in the same run: no order of the work gains more than 1/share in that precision. Large pictures are read with
-`fast_decode`."""
-import shutil, tempfile, time
+On a CPU `extract` runs twice: in one process with all threads, and in a process for each thread, which share the shards as under torchrun. Starting a process
+and loading weights are counted nowhere. The runs alternate and their medians are compared; the tokens are held against each other. The limit is what the same
+work would take at best: the towers' operations at the rate of a float32 matrix product, and the opening and preprocessing of the plain loop spread over all
+threads, both measured in the same run. Large pictures are read with `fast_decode`, which is less work; their limit is that of the towers alone."""
+import os, shutil, subprocess, sys, tempfile
+from functools import partial
 from pathlib import Path
 import numpy as np, torch, transformers
 from PIL import Image
 from blip3o_nb.encoders import load_encoder
 from blip3o_nb.extract import extract
 from blip3o_nb.optimisation import fast_dtype
-from machine import DEVICE, median, product
+from blip3o_nb.shards import FeatureDataset
+from machine import DEVICE, median, now, product
 
 TOWERS = { # vision towers of CLIP as published, and two small ones, the first of the shipped CLIP's size
     "6 x 192, patch 12, 96 px": dict(hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, patch_size=12, image_size=96),
     "8 x 384, patch 32, 224 px": dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6, patch_size=32),
     "ViT-B/32, 224 px": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=32),
     "ViT-L/14, 224 px": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)}
+
+transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
 
 SIZES = {"640 x 480": (640, 480), "a camera's 4032 x 3024": (4032, 3024)}
 
@@ -43,24 +48,36 @@ def make_tower(folder, vision):
     transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(folder)
 
 def plain_loop(folder, pictures):
-    "One picture at a time through the library's own classes, each of the two towers"
+    "One picture at a time through the library's own classes, each of the two towers: seconds, those of opening and preprocessing, and the tokens"
     model = transformers.CLIPModel.from_pretrained(folder).eval().to(DEVICE)
-    processor, kept = transformers.CLIPImageProcessor.from_pretrained(folder), {}
-    begun = time.perf_counter()
+    processor, kept, opening = transformers.CLIPImageProcessor.from_pretrained(folder), {}, 0.
+    begun = now()
     for p in pictures:
+        at = now()
         px = processor(images=Image.open(p).convert("RGB"), return_tensors="pt")["pixel_values"].to(DEVICE)
+        opening += now() - at
         with torch.no_grad(): kept[p.stem] = [model.vision_model(pixel_values=px).last_hidden_state[0].float().cpu() for _ in range(2)]
-    return time.perf_counter() - begun, kept
+    return now() - begun, opening, kept
 
-def ours(folder, pictures, n, out, dtype, fast_decode):
-    enc = load_encoder(str(folder), device=DEVICE, dtype=dtype)
-    begun = time.perf_counter()
-    ds = extract(pictures, out, enc, enc, bs=16, limit=n, progress=False, fast_decode=fast_decode)
-    return time.perf_counter() - begun, ds
+def ours(folder, pictures, n, out, fast_decode, begin=lambda: None):
+    enc = load_encoder(str(folder), device=DEVICE, dtype=fast_dtype(DEVICE))
+    begin(); begun = now()
+    extract(pictures, out, enc, enc, bs=16, limit=n, progress=False, fast_decode=fast_decode, shard_size=-(-n//4))
+    return now() - begun
+
+def shared(*args, processes):
+    "The same by several processes of one thread each, from when all are ready until all are done"
+    env = lambda r: {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "WORLD_SIZE": str(processes)}
+    children = [subprocess.Popen([sys.executable, __file__, "--child", *map(str, args)], env=env(r), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for r in range(processes)]
+    for c in children: c.stdout.readline()
+    begun = now()
+    for c in children: print(file=c.stdin, flush=True)
+    said = [c.stdout.readline() for c in children]; took = now() - begun
+    if any(c.wait() for c in children) or set(said) != {"done\n"}: sys.exit("a process of the extraction failed")
+    return took
 
 def main(quick=False, pictures=96, rounds=3):
-    transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
-    root, rows, dtype = Path(tempfile.mkdtemp()), {}, fast_dtype(DEVICE)
+    root, rows, threads = Path(tempfile.mkdtemp()), {}, torch.get_num_threads()
     try:
         for of, size in SIZES.items():
             large = size[0] > 999
@@ -71,17 +88,25 @@ def main(quick=False, pictures=96, rounds=3):
                 here, row = root/"tower", f"{of}, {name}"
                 make_tower(here, vision)
                 files = sorted(photos.iterdir())[:pictures//12 if "L/14" in name else pictures//4 if "B/32" in name else None]
-                n, times, multiply = len(files), dict(plain=[], ours=[]), product("fp32")
-                rates = []
+                n, multiply, rates, openings, times = len(files), product("fp32"), [], [], dict(plain=[], ours=[], shared=[])
                 for r in range(1 if quick else rounds):
                     rates += [multiply() for _ in range(5)]
-                    t, kept = plain_loop(here, files); times["plain"].append(t)
-                    shutil.rmtree(root/"out", ignore_errors=True)
-                    t, ds = ours(here, photos, n, root/"out", dtype, large); times["ours"].append(t)
+                    t, opening, kept = plain_loop(here, files); times["plain"].append(t); openings.append(opening)
+                    for way, f in (("shared", partial(shared, processes=threads)), ("ours", ours)):
+                        if way == "shared" and (DEVICE != "cpu" or threads < 2): continue
+                        shutil.rmtree(root/"out", ignore_errors=True)
+                        times[way].append(f(here, photos, n, root/"out", large))
+                ds = FeatureDataset(root/"out")
                 cos = min(torch.nn.functional.cosine_similarity(ds[k][c].double(), x.double(), dim=-1).min().item() for k, xs in kept.items() for c, x in zip(("clip", "eva"), xs))
-                per, rate = {k: n/median(t) for k, t in times.items()}, 1/median(rates)
-                share = {k: v*2*tower_flops(vision)/rate for k, v in per.items()}
-                rows[row] = dict(pictures=n, fast_decode=large, plain_images_per_s=per["plain"], images_per_s=per["ours"], ratio=per["ours"]/per["plain"], min_cosine=cos, plain_share=share["plain"], share=share["ours"], times=times)
+                took, towers = {k: median(t)/n for k, t in times.items() if t}, 2*tower_flops(vision)*median(rates)
+                least = towers + (0 if large else median(openings)/n/threads)
+                rows[row] = dict(pictures=n, fast_decode=large, **{f"{k}_images_per_s": 1/t for k, t in took.items()}, ratio=took["plain"]/took["ours"], ratio_shared=took["plain"]/took["shared"] if "shared" in took else None,
+                                 limit=took["plain"]/least, min_cosine=cos, share=towers/took["ours"], times=times)
                 shutil.rmtree(here)
     finally: shutil.rmtree(root)
-    return dict(dtype=str(dtype).removeprefix("torch."), rows=rows)
+    return dict(dtype=str(fast_dtype(DEVICE)).removeprefix("torch."), processes=threads, rows=rows)
+
+if __name__ == "__main__" and sys.argv[1] == "--child":
+    folder, pictures, n, out, fast_decode = sys.argv[2:]
+    def begin(): print("ready", flush=True); sys.stdin.readline()
+    ours(folder, Path(pictures), int(n), Path(out), fast_decode == "True", begin); print("done", flush=True)

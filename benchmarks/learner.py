@@ -16,7 +16,7 @@ from blip3o_nb.shards import ShardWriter
 from blip3o_nb.training import learner_of, loaders, model_of
 from machine import DEVICE, DTYPES, median, now, spread
 
-EVERY, KINDS = 3, ("probed", "plain", "plain", "monitored") # of the steps of a turn, by a MonitorCallback(3)
+EVERY, KINDS = 5, ("probed", *["plain"]*4, "monitored") # of the steps of a turn, by a MonitorCallback(5)
 
 class Stamp(Callback):
     "When an event has reached the callbacks up to here"
@@ -74,7 +74,7 @@ def steps(folder, precision, bs, turns, **options):
 
 def main(quick=False):
     seed_everything(0)
-    bs, turns = (2, 1) if quick else (4, 5) if DEVICE == "cpu" else (64, 20)
+    bs, turns = (2, 1) if quick else (4, 8) if DEVICE == "cpu" else (64, 20)
     tokens, clip, eva = (16, 32, 64) if quick else (256, 1024, 4096)
     folder, n, every = Path(tempfile.mkdtemp())/"features", 2*bs*len(KINDS) + 16, make_config().monitor_every
     with ShardWriter(folder, {"clip": {"model": "noise"}, "eva": {"model": "noise"}}) as w:

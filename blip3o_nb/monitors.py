@@ -81,7 +81,7 @@ class MonitorCallback(Callback):
         if min(every, probe_every) < 1 or images < 2: raise InputError(f"every is {every}, probe_every {probe_every}, images {images}: choose at least 1, 1 and 2")
         self.every, self.probe_every, self.images = every, probe_every, images
     def before_fit(self):
-        self.due, self.row, self.seen = False, None, deque(maxlen=max(self.every, 8))
+        self.due, self.row, self.before, self.seen = False, None, None, deque(maxlen=max(self.every, 8))
         try: self.flops = 3*forward_flops(getattr(self.model, "module", self.model).config)
         except AttributeError: self.flops = float("nan") # another architecture
     def before_train(self): self.n, self.since = 0, time.perf_counter()
@@ -93,7 +93,9 @@ class MonitorCallback(Callback):
         if not self.due: return
         self.row = self.measure()
         if self.train_iter//self.every % self.probe_every == 0: self.row.update(probe_step=self.train_iter + 1, **probe(self.learn, self.images))
-        self.before = [p.detach().clone() for p in self.model.parameters()]
+        now = [p.detach() for p in self.model.parameters()]
+        self.before = self.before or [torch.empty_like(p) for p in now]
+        torch._foreach_copy_(self.before, now)
     def after_step(self): # fastai calls it for steps that were left out, too
         if self.row is None: return
         size = total_norm(self.before)
@@ -101,7 +103,9 @@ class MonitorCallback(Callback):
         self.row["update_ratio"] = (total_norm(self.before)/size).item()
         rate = self.n/(time.perf_counter() - self.since)
         for k, v in {**self.row, "images_per_s": rate, "flops": rate*self.flops}.items(): self.record.setdefault(k, []).append(v)
-        self.due, self.row, self.before, self.n, self.since = False, None, None, 0, time.perf_counter()
+        self.due, self.row, self.n, self.since = False, None, 0, time.perf_counter()
+        if self.dls.device.type != "cpu": self.before = None # the memory serves others; on a CPU a system takes longer to hand it out than to copy
+    def after_fit(self): self.before = None
 
     def measure(self):
         "The figures that gradients and batch give, before the step"
