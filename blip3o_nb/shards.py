@@ -355,7 +355,7 @@ class FeatureDataset:
         if self._pid != os.getpid(): self._open, self._pid = {}, os.getpid()
         files = self._open.setdefault(threading.get_ident(), {})
         if i not in files:
-            if len(files) >= keep: files.pop(next(iter(files))) # closed when nobody reads from it any more
+            if len(files) >= max(1, keep//(1 + torch.get_num_threads())): files.pop(next(iter(files))) # closed when nobody reads from it any more
             files[i] = open(self.folder/self.manifest["shards"][i]["file"], "rb", buffering=0)
         return files[i]
 
