@@ -81,7 +81,8 @@ def test_many_shards(tmp_path, times, record_property):
             most = max(most, handles() - before); seen.update(dls.train.batch_keys(i))
     finally: resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     record_property("open", f"{m.seconds:.1f} s, {m.MB:.0f} MB, {most} files")
-    assert 200 < most <= 260 and m.seconds < 2 + 5e-3*n, (most, m.seconds)
+    mine = 256//(1 + torch.get_num_threads()) # for the caller and for each thread that reads
+    assert .8*mine < most <= mine + 4 and m.seconds < 2 + 5e-3*n, (most, m.seconds)
     assert set(seen.values()) == {1} and len(seen) == len(dls.train)*16 > 1.6*n
 
 # Long captions
