@@ -316,9 +316,6 @@ def add(self:ShardWriter, key:str, clip:torch.Tensor, eva:torch.Tensor, caption:
     self.add_batch([key], clip[None], eva[None], [caption], [image_hash])
 
 # %% ../nbs/02_shards.ipynb #180cd5b0
-@lru_cache(1)
-def _threads(pid): return ThreadPoolExecutor(os.cpu_count()) # as many as are asked for, of this process: a forked one has none of its parent's threads
-
 class FeatureDataset:
     "The samples of a set of shards, or of one side of its split; holds keys, captions and hashes, and reads tokens when they are asked for"
     def __init__(self,
@@ -351,27 +348,34 @@ class FeatureDataset:
         return torch.Size(self.manifest["shapes"][name])
     def __getstate__(self): return {**self.__dict__, "_open": {}}
 
-    def _file(self, i, keep=256): # opened by this thread of this process
-        if self._pid != os.getpid(): self._open, self._pid = {}, os.getpid()
-        files = self._open.setdefault(threading.get_ident(), {})
-        if i not in files:
-            if len(files) >= max(1, keep//(1 + torch.get_num_threads())): files.pop(next(iter(files))) # closed when nobody reads from it any more
-            files[i] = open(self.folder/self.manifest["shards"][i]["file"], "rb", buffering=0)
-        return files[i]
+# %% ../nbs/02_shards.ipynb #e84e88fe
+@lru_cache(1)
+def _threads(pid): return ThreadPoolExecutor(os.cpu_count()) # as many as are asked for, of this process: a forked one has none of its parent's threads
 
-    def _read(self, parts, where):
-        "Fill the rows of these tensors, (name in the file, tensor), with those that lie at `where`; as many threads as torch has share them, if each gets a megabyte"
-        rows = [(tensor, *r) for tensor, out in parts for r in zip(out.flatten(1).view(torch.uint8).numpy(), where.tolist())]
-        if (n := min(torch.get_num_threads(), len(rows), sum(out.nbytes for _, out in parts) >> 20)) < 2: return self._fill(rows)
-        for _ in _threads(os.getpid()).map(self._fill, (rows[k::n] for k in range(n))): pass
+@patch
+def _file(self:FeatureDataset, i, keep=256): # opened by this thread of this process
+    if self._pid != os.getpid(): self._open, self._pid = {}, os.getpid()
+    files = self._open.setdefault(threading.get_ident(), {})
+    if i not in files:
+        if len(files) >= max(1, keep//(1 + torch.get_num_threads())): files.pop(next(iter(files))) # closed when nobody reads from it any more
+        files[i] = open(self.folder/self.manifest["shards"][i]["file"], "rb", buffering=0)
+    return files[i]
 
-    def _fill(self, rows):
-        for tensor, row, (i, j) in rows:
-            try: (f := self._file(i)).seek(self._start[i][tensor] + j*row.nbytes); n = f.readinto(row)
-            except OSError as e: raise InputError(f"cannot read {self.folder/self.manifest['shards'][i]['file']}: {e.strerror}; restore it") from e
-            if n != row.nbytes: raise InputError(f"{f.name} ends early: it was cut short while it was read; restore it")
-            if (sums := self._sums[i].get(tensor)) is not None and sums[j] != xxhash.xxh3_64_intdigest(row):
-                raise InputError(f"{f.name} does not match its checksums: the {tensor} tokens of '{_read_header(f.name)[0]['keys'][j]}' were damaged after writing; restore it, or extract into another folder")
+@patch
+def _read(self:FeatureDataset, parts, where):
+    "Fill the rows of these tensors, (name in the file, tensor), with those that lie at `where`; as many threads as torch has share them, if each gets a megabyte"
+    rows = [(tensor, *r) for tensor, out in parts for r in zip(out.flatten(1).view(torch.uint8).numpy(), where.tolist())]
+    if (n := min(torch.get_num_threads(), len(rows), sum(out.nbytes for _, out in parts) >> 20)) < 2: return self._fill(rows)
+    for _ in _threads(os.getpid()).map(self._fill, (rows[k::n] for k in range(n))): pass
+
+@patch
+def _fill(self:FeatureDataset, rows):
+    for tensor, row, (i, j) in rows:
+        try: (f := self._file(i)).seek(self._start[i][tensor] + j*row.nbytes); n = f.readinto(row)
+        except OSError as e: raise InputError(f"cannot read {self.folder/self.manifest['shards'][i]['file']}: {e.strerror}; restore it") from e
+        if n != row.nbytes: raise InputError(f"{f.name} ends early: it was cut short while it was read; restore it")
+        if (sums := self._sums[i].get(tensor)) is not None and sums[j] != xxhash.xxh3_64_intdigest(row):
+            raise InputError(f"{f.name} does not match its checksums: the {tensor} tokens of '{_read_header(f.name)[0]['keys'][j]}' were damaged after writing; restore it, or extract into another folder")
 
 # %% ../nbs/02_shards.ipynb #cc1cf638
 @patch
