@@ -8,9 +8,10 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/loading.html.md"""
 __all__ = ['NORMS', 'FeatureStats', 'Normalizer', 'task_loaders', 'default_device', 'feature_dls', 'tensor_dls']
 
 # %% ../nbs/02c_loading.ipynb #9bf1b111
-import hashlib, json, os, random
+import hashlib, json, random
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 import torch
 from fastcore.basics import noop, patch
@@ -95,6 +96,7 @@ class Normalizer(torch.nn.Module):
 # %% ../nbs/02c_loading.ipynb #063f61c9
 def _take(cond, target, idxs): return cond[idxs], target[idxs]
 def _floats(batch): return tuple(x.float() for x in batch)
+def _nothing(batch): raise InputError("these loaders hold no samples: make others with feature_dls or tensor_dls")
 
 def task_loaders(
     splits:tuple,       # training and held-out samples: two things with a length
@@ -109,40 +111,95 @@ def task_loaders(
     after=_floats       # batch on the device -> `(cond, target)`
 ): # what `feature_dls` returns
     "The loaders of a task over any samples; raises `InputError` for a split that is too small"
-    from fastai.data.core import DataLoaders
+    world, (train, valid) = ranks()[1], splits
+    if len(train) < bs*world:
+        each = f" for each of {world} processes" if world > 1 else ""
+        raise InputError(f"{where} has {len(train)} training samples, fewer than one batch of {bs}{each}: "
+                         "lower bs or add samples")
+    if not len(valid):
+        raise InputError(f"{where} has no held-out sample among {len(train)}: add samples or raise share")
+    return _loaders(splits, keys, fetch, task, contract, stats, bs, seed, num_workers, device, share, repeat, after)
+
+# %% ../nbs/02c_loading.ipynb #53ad6c6a
+@cache
+def _loader_class():
+    "The `DataLoader` of one split"
     from fastai.data.load import DataLoader
-    (rank, world), (train, valid) = ranks(), splits
-    if len(train) < bs*world: raise InputError(f"{where} has {len(train)} training samples, fewer than one batch of {bs}{f' for each of {world} processes' if world > 1 else ''}: lower bs or add samples")
-    if not len(valid): raise InputError(f"{where} has no held-out sample among {len(train)}: add samples or raise share")
     class TaskLoader(DataLoader):
-        epoch, start = -1, 0 # of the order; batches of the epoch that are passed over, for a run that goes on in the middle of one
+        epoch = -1 # number of the order that was drawn last
+        start = 0  # batches of the epoch that are passed over, for a training that resumes in the middle of one
+        def of(self, keys, seed, repeat):
+            "Give the loader what its order depends on"
+            self.sample_keys, self.seed, self.repeat, self.process = keys, seed, repeat, ranks()
+            return self
+        def new(self, dataset=None, cls=None, **kwargs):
+            return super().new(dataset, cls, **kwargs).of(self.sample_keys, self.seed, self.repeat)
         def randomize(self): self.epoch += 1
         def order(self):
             "Samples of this process in the epoch: a function of the seed and the epoch alone"
-            idxs = list(range(len(self.dataset)))
-            if self.shuffle: idxs = [i for k in range(repeat) for i in random.Random(f"{seed}/{self.epoch}/{k}").sample(idxs, len(idxs))]
+            (rank, world), idxs = self.process, list(range(len(self.dataset)))
+            if self.shuffle:
+                draws = (random.Random(f"{self.seed}/{self.epoch}/{k}") for k in range(self.repeat))
+                idxs = [i for draw in draws for i in draw.sample(idxs, len(idxs))]
             return idxs[rank::world][:self.n]
         def get_idxs(self): return self.order()[self.start*self.bs:]
         def places(self, i):
             "Where the samples of batch `i` stand in the epoch of all processes together"
+            rank, world = self.process
             return range((self.start + i)*self.bs*world + rank, self.n*world, world)[:self.bs]
         def batch_keys(self, i):
             "Keys of batch `i` of the epoch"
-            return [keys[self.dataset is valid][p] for p in self.order()[(self.start + i)*self.bs:][:self.bs]]
-    def loader(ds, f):
-        n = len(ds)*repeat//world if ds is train else len(range(rank, len(ds), world))
-        return TaskLoader(ds, bs=bs, shuffle=ds is train, drop_last=ds is train, num_workers=num_workers, n=n, pin_memory=device.type == "cuda",
-                          create_item=noop, retain=noop, create_batch=f, after_batch=after)
+            return [self.sample_keys[p] for p in self.order()[(self.start + i)*self.bs:][:self.bs]]
+        @contextmanager
+        def looking(self):
+            "What is drawn in here changes neither the next epoch nor torch's generator"
+            epoch = self.epoch
+            try:
+                with torch.random.fork_rng(devices=[]): yield
+            finally: self.epoch = epoch
+        def one_batch(self):
+            with self.looking(): return super().one_batch()
+        def show_batch(self, b=None, max_n=6, **kwargs):
+            "The first samples of a batch, patch tokens as colours; options as of `show_tokens`"
+            from blip3o_nb.viz import show_tokens
+            with self.looking():
+                cond, target = super().one_batch() if b is None else b
+                names = [str(k) for k in self.batch_keys(0)] if b is None else None
+            return show_tokens({"conditioning": cond[:max_n], "target": target[:max_n]}, names, **kwargs)
+    return TaskLoader
+
+# %% ../nbs/02c_loading.ipynb #78148ab5
+def _loaders(splits, keys, fetch, task, contract, stats, bs, seed, num_workers, device, share, repeat, after):
+    "What `task_loaders` returns, with nothing checked"
+    from fastai.data.core import DataLoaders
+    loader_class, world = _loader_class(), ranks()[1]
     class TaskLoaders(DataLoaders):
+        made_of = (splits, keys, fetch, task, contract, stats, bs, seed, num_workers, device, share, repeat, after)
         @cached_property
         def target_stats(self): return stats(task.target)
         @cached_property
         def cond_stats(self): return stats(task.cond)
-    dls = TaskLoaders(*map(loader, splits, fetch), device=device)
+        def __reduce__(self): return _loaders, self.made_of
+        def new_empty(self):
+            "The same loaders without samples, for `Learner.export`: they keep task, contract and statistics"
+            kept = {task.cond: self.cond_stats, task.target: self.target_stats}
+            return _loaders(((), ()), ((), ()), (_nothing, _nothing), task, contract, kept.get, bs, seed, 0,
+                            self.device, share, 1, after)
+        def test_dl(self, *args, **kwargs):
+            raise InputError("there is no test_dl: generate with Pipeline.from_learner(learn)(conditioning)")
+    def loader(i, ds, f):
+        n = len(ds)*repeat//world if i == 0 else len(range(ranks()[0], len(ds), world))
+        dl = loader_class(ds, bs=bs, shuffle=i == 0, drop_last=i == 0, num_workers=num_workers, n=n,
+                          pin_memory=device.type == "cuda", create_item=noop, retain=noop, create_batch=f,
+                          after_batch=after)
+        return dl.of(keys[i], seed, repeat)
+    dls = TaskLoaders(*(loader(i, *both) for i, both in enumerate(zip(splits, fetch))), device=device)
     dls.task, dls.contract, dls.share = task, contract, share
     return dls
 
-def default_device(device=None) -> torch.device: return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def default_device(device=None) -> torch.device:
+    "The device of that name; default: CUDA where there is one"
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 # %% ../nbs/02c_loading.ipynb #94785b19
 def feature_dls(
@@ -170,16 +227,20 @@ def feature_dls(
                         bs, seed, num_workers, default_device(device), str(folder), share, repeat, tuple if stored else _floats)
 
 # %% ../nbs/02c_loading.ipynb #fc45e508
+def _stats_of(task, train, column): return FeatureStats.of(train[0 if column == task.cond else 1])
+
 def tensor_dls(
-    train:tuple,    # conditioning and target tokens of the training pictures, `[n, M, C]` and `[n, N, D]`
-    held_out:tuple, # those of the held-out pictures
+    train:tuple,    # conditioning and target tokens of the training images, `[n, M, C]` and `[n, N, D]`
+    held_out:tuple, # those of the held-out images
     task:str|Task="clip_generation", bs:int=64, seed:int=0, device=None,
     contract:dict|None=None # of both columns, for checkpoints
 ): # as of `feature_dls`
-    "Batches of tokens that are in memory; raises `InputError` for a split that is too small or whose two sides differ in length"
+    "Batches of tokens in memory; raises `InputError` for a split that is too small or with sides of unlike length"
     task, splits = get_task(task), (train, held_out)
     for name, (c, t) in zip(("training", "held-out"), splits):
-        if len(c) != len(t): raise InputError(f"{len(c)} conditionings and {len(t)} targets in the {name} split: give both for the same pictures")
-    def stats(column): return FeatureStats.of(train[0 if column == task.cond else 1])
-    return task_loaders(tuple(t for _, t in splits), tuple(range(len(t)) for _, t in splits), tuple(partial(_take, *s) for s in splits), task,
-                        contract or {}, stats, bs, seed, 0, default_device(device), "the tensors given")
+        if len(c) != len(t):
+            raise InputError(f"{len(c)} conditionings and {len(t)} targets in the {name} split: "
+                             "give both for the same images")
+    return task_loaders(tuple(t for _, t in splits), tuple(range(len(t)) for _, t in splits),
+                        tuple(partial(_take, *s) for s in splits), task, contract or {}, partial(_stats_of, task, train),
+                        bs, seed, 0, default_device(device), "the tensors given")

@@ -61,7 +61,7 @@ class BLIP3oFlowMatchingLoss(nn.Module):
         if loss_space not in PREDICTION_TYPES: raise InputError(f"unknown loss_space '{loss_space}': choose one of {', '.join(PREDICTION_TYPES)}")
         if path is not None and (sigma_min, sigma_max) != (1e-4, 1.): raise InputError("give sigma_min and sigma_max, or a path that has its own, not both")
         self.path, self.prediction_type, self.loss_space = path or LinearPath(sigma_min, sigma_max), check_prediction_type(prediction_type), loss_space
-        self.normalize_targets, self.buckets, self.parts = normalize_targets, buckets, None
+        self.normalize_targets, self.buckets, self.parts, self.reduction = normalize_targets, buckets, None, "mean"
         self.regularization_weight, self.sphere_constraint_weight = regularization_weight, sphere_constraint_weight
         self.velocity_scale, self.output_scale = velocity_scale, output_scale
         self.schedule_type, self.band = "uniform" if schedule_type == "linear" else schedule_type, noise_band(min_noise_level, max_noise_level)
@@ -73,14 +73,14 @@ class BLIP3oFlowMatchingLoss(nn.Module):
     def forward(self,
         output:torch.Tensor, # of the network `[B, N, D]` or `[B, D]`
         s:PathSample         # what its input was made of
-    ) -> torch.Tensor: # scalar
+    ) -> torch.Tensor: # scalar; `[B]` where `reduction` is "none", as `learn.get_preds(with_loss=True)` has it
         pred = self.answer(output)
         err = (self.velocity_scale*self.error(pred, s)).square().mean(-1)                 # [B, N]
         if self.token_weights is not None: err = err*self.token_weights.to(err.device)
         per_image = err.reshape(len(err), -1).mean(1)                                     # [B]
         flow, reg, sphere = per_image.mean(), self.regularization_weight*output.square().mean(), self.sphere_constraint_weight*self.off_sphere(pred, s)
         self.parts = self.describe(pred.detach(), s, per_image.detach(), *(torch.as_tensor(x).detach() for x in (flow, reg, sphere)))
-        return flow + reg + sphere
+        return (per_image if self.reduction == "none" else flow) + reg + sphere
 
     def answer(self, output):
         "What the network's output means: its answer, of `prediction_type`"

@@ -6,11 +6,11 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/viz.html.md"""
 
 # %% auto #0
 __all__ = ['CYCLE', 'FLOOR', 'CEILING', 'ROLES', 'Mark', 'mark_of', 'marks', 'use_style', 'as_array', 'show_images', 'token_map',
-           'token_rgb', 'smoothed', 'plot_curve', 'plot_hist', 'parts', 'plot_bars', 'shorten', 'gallery', 'plain',
-           'fig_to_png', 'png_to_uri']
+           'token_rgb', 'show_tokens', 'smoothed', 'plot_curve', 'plot_hist', 'parts', 'plot_bars', 'shorten',
+           'gallery', 'plain', 'fig_to_png', 'png_to_uri']
 
 # %% ../nbs/01_viz.ipynb #1d345cea
-import base64, io, re
+import base64, io, re, textwrap
 from dataclasses import dataclass
 import matplotlib as mpl, matplotlib.pyplot as plt
 import numpy as np
@@ -132,6 +132,33 @@ def token_rgb(
     y = flat @ v
     lo, hi = torch.tensor(np.quantile(y.numpy(), [.02, .98], axis=0), dtype=y.dtype)
     return ((y-lo)/(hi-lo).clamp(min=1e-8)).clamp(0, 1).view(len(x), lay.grid, lay.grid, 3)
+
+# %% ../nbs/01_viz.ipynb #7250b93b
+def show_tokens(
+    rows:dict,   # name -> tokens `[B, N, D]` of the same images
+    titles=None, # one for each image
+    alike=(),    # names of rows that share their colours
+    size:float=1.1 # of an image, in inches
+) -> np.ndarray: # of axes, a row for each set of tokens
+    "Tokens of some images side by side, patches as colours"
+    def colours(tokens):
+        try: return token_rgb(tokens)
+        except InputError: return tokens.detach().float().cpu() # no grid: a line for each token
+    drawn = {name: colours(tokens) for name, tokens in rows.items() if name not in alike}
+    if alike: drawn |= zip(alike, colours(torch.cat([rows[name] for name in alike])).chunk(len(alike)))
+    n = max(map(len, rows.values()))
+    _, axs = plt.subplots(len(rows), n, figsize=(size*n + .3, size*len(rows) + .3), squeeze=False,
+                          layout="constrained")
+    for line, name in zip(axs, rows):
+        for ax, image in zip(line, drawn[name]):
+            ax.imshow(image.numpy(), aspect="auto" if image.ndim == 2 else "equal")
+        line[0].set_ylabel(name, fontsize="small")
+    for ax in axs.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+    for ax, title in zip(axs[0], titles or []):
+        ax.set_title(textwrap.shorten(title, 18, placeholder="..."), fontsize="x-small")
+    return axs
 
 # %% ../nbs/01_viz.ipynb #f1a1e5c5
 def smoothed(
