@@ -21,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from .core import InputError, ranks
 from .loading import default_device
 from .learner import NaNGuard, ProgressBar
+from .optimisation import EMACallback
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastai.torch_core import find_bs
+from fastai.torch_core import find_bs, get_model
 
 # %% ../nbs/13a_distributed.ipynb #fccc431b
 class Elsewhere(InputError):
@@ -111,7 +112,7 @@ class Sharded:
 # %% ../nbs/13a_distributed.ipynb #e2d7cfe7
 class DistributedCallback(Callback):
     "Train in all processes that have joined, as one would on the joint batch; alone, do nothing"
-    order, active = 25, False
+    order, active, opened = 25, False, None
     def __init__(self,
         strategy:str="ddp", # "ddp", each process holds the network, or "fsdp", each holds a share of it
         unused:bool=False   # ddp only: a step may leave some parameters without a gradient, which costs a walk through the graph
@@ -165,7 +166,8 @@ class DistributedCallback(Callback):
         "The whole network that is validated, in every process; with FSDP only for as long as the block lasts"
         learn, ema = self.learn, getattr(self.learn, "ema_model", None)
         if not (self.active and self.strategy == "fsdp"):
-            yield ema.module if ema else learn.model; return
+            yield learn.judged
+            return
         part = self.mean or self.live
         whole = part.fill().eval()
         if ema: ema.module = whole
@@ -174,25 +176,37 @@ class DistributedCallback(Callback):
             part.empty()
             if ema: ema.module = part.module
     def before_validate(self):
-        if self.active and self.strategy == "fsdp": self.opened = self.gathered(); self.learn.model = self.opened.__enter__()
-    def after_validate(self): # where there is an average, `EMACallback` has put the trained network back
         if not (self.active and self.strategy == "fsdp"): return
-        self.opened.__exit__(None, None, None); self.learn.model = self.live.module
+        self.opened = self.gathered()
+        self.learn.model = self.opened.__enter__()
+    def after_validate(self): # where there is an average, `EMACallback` has put the trained network back
+        if not (self.active and self.strategy == "fsdp" and self.opened): return
+        self.opened.__exit__(None, None, None)
+        self.learn.model, self.opened = self.live.module, None
+    restore_validate = after_validate
     def after_fit(self):
         if not self.active: return
-        learn, self.active = self.learn, False
-        learn.remove_cb(self.agreement)
-        if self.strategy == "ddp": learn.model = learn.model.module; return
+        learn = self.learn
+        self.leave()
+        if self.strategy == "ddp": return
         self.move_opt(learn.opt.opt, self.whole_opt.opt, ((q, p) for p, q in self.live.pairs()), lambda v, p: v.full_tensor())
         learn.opt, learn.model = self.whole_opt, self.live.fill()
         if self.mean: learn.ema_model.module = self.mean.fill()
-        learn.opt.zero_grad(); self.live = self.mean = None
+        learn.opt.zero_grad()
+        self.live = self.mean = None
+    def leave(self):
+        "What this process can put back alone; with FSDP the weights stay in shares"
+        if not self.active: return
+        self.active = False
+        self.learn.remove_cb(self.agreement)
+        if self.strategy == "ddp": self.learn.model = get_model(self.learn.model)
+    restore_fit = leave # after an error the other processes may not answer
 
 @contextmanager
 def whole_average(learn:Learner):
     "The averaged network, whole in every process, within a fit and outside of one; all processes enter"
     cb = next((c for c in learn.cbs if isinstance(c, DistributedCallback)), None)
-    if cb is None: yield learn.ema_model.module
+    if cb is None: yield learn.judged
     else:
         with cb.gathered() as m: yield m
 
@@ -201,24 +215,39 @@ def full_state(learn:Learner) -> dict: # in the first process; the others get an
     "Weights, average and optimiser, whole, on the CPU; all processes call it"
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, opt = get_state_dict(learn.model, learn.opt.opt, options=options)
-    ema = getattr(learn, "ema_model", None)
-    state = dict(model=model, opt=opt, ema=get_model_state_dict(ema.module, options=options) if ema else {}, ema_steps=int(ema.n_averaged) if ema else 0)
-    return state if any(p.is_cuda for p in learn.model.parameters()) else copy.deepcopy(state) # on the CPU they are the tensors that go on changing
+    ema, average, steps = getattr(learn, "ema_model", None), {}, 0
+    if ema: average, steps = get_model_state_dict(ema.module, options=options), int(ema.n_averaged)
+    state = dict(model=model, opt=opt, ema=average, ema_steps=steps)
+    # on the CPU they are the tensors that go on changing
+    return state if any(p.is_cuda for p in learn.model.parameters()) else copy.deepcopy(state)
+
+def _check_state(learn, state):
+    "Refuse a state of another network, by the first names that differ"
+    have = {k: tuple(v.shape) for k, v in state["model"].items()}
+    want = {k.removeprefix("module."): tuple(v.shape) for k, v in learn.model.state_dict().items()}
+    other = [k for k in {**have, **want} if have.get(k) != want.get(k)]
+    if other:
+        more = " and more" if len(other) > 3 else ""
+        raise InputError(f"the state is of another network, it differs in {', '.join(other[:3])}{more}: "
+                         "build the network with the options of that run")
 
 def load_full_state(learn:Learner,
     state:dict|None # from `full_state`; only the first process needs one
 ):
-    "Put a state back, in as many processes as there are now; all of them call it. Raises `InputError` for one of another network"
+    "Put a state back, in as many processes as there are now; all of them call it. Raises `InputError`"
     several, ema = dist.is_initialized(), getattr(learn, "ema_model", None)
     with together():
-        if learn.opt is None or ema is None: raise InputError("there is no optimiser or average yet to load into: call learn.fit(0), or load in before_fit of a callback with order above 30")
-        if ranks()[0] == 0 or not several:
-            have, want = {k: tuple(v.shape) for k, v in state["model"].items()}, {k.removeprefix("module."): tuple(v.shape) for k, v in learn.model.state_dict().items()}
-            if other := [k for k in {**have, **want} if have.get(k) != want.get(k)]:
-                raise InputError(f"the state is of another network, it differs in {', '.join(other[:3])}{' and more' if len(other) > 3 else ''}: build the network with the options of that run")
-    state = {k: dict(v) if isinstance(v, dict) else v for k, v in state.items()} if state else dict(model={}, opt={}, ema={}, ema_steps=0) # torch changes the dictionaries
+        if learn.opt is None or ema is None and learn._grab_cbs(EMACallback):
+            raise InputError("there is no optimiser or average yet to load into: call learn.fit(0), "
+                             "or load in before_fit of a callback with order above 30")
+        if ranks()[0] == 0 or not several: _check_state(learn, state)
+    state = {k: dict(v) if isinstance(v, dict) else v for k, v in (state or {}).items()} # torch changes the dictionaries
+    state = dict(model={}, opt={}, ema={}, ema_steps=0) | state
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
-    for m, k in ((learn.model, "model"), (ema.module, "ema")): set_model_state_dict(m, state[k], options=options)
+    set_model_state_dict(learn.model, state["model"], options=options)
     set_optimizer_state_dict(learn.model, learn.opt.opt, state["opt"], options=options)
-    for g in learn.opt.opt.param_groups: g.update({k: tuple(v) for k, v in g.items() if k != "params" and isinstance(v, list)}) # which torch made of `betas`
+    for g in learn.opt.opt.param_groups: # torch made lists of tuples such as `betas`
+        g.update({k: tuple(v) for k, v in g.items() if k != "params" and isinstance(v, list)})
+    if ema is None: return
+    set_model_state_dict(ema.module, state["ema"], options=options)
     ema.n_averaged.fill_(everyone(state["ema_steps"])[0])

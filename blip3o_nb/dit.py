@@ -199,6 +199,10 @@ class Pretrained(nn.Module):
             if self.gradient_checkpointing and torch.is_grad_enabled(): x = checkpoint(block, x, temb, self.rope, kv, use_reentrant=False)
             else: x = block(x, temb, self.rope, kv)
         return x
+    def answer(self, x:torch.Tensor) -> torch.Tensor: # the same
+        "An output that says what it is, for the loss to compare"
+        x.prediction_type = self.config.prediction_type
+        return x
     def _apply(self, fn, recurse=True):
         tables = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
@@ -242,7 +246,7 @@ class BLIP3oDiT(Pretrained):
         temb = self.time(time_embedding(t.expand(len(xt))).to(self.pos.dtype))[:, None]             # [B, 1, hidden_size]
         x = self.through_blocks(x, temb, cond.kv)
         if self.head is not None: x, temb = self.head(xt, rms_norm(x) + temb, self.rope)
-        return self.out(modulate(rms_norm(x), *self.ada(temb).chunk(2, -1)))/c.feature_scale
+        return self.answer(self.out(modulate(rms_norm(x), *self.ada(temb).chunk(2, -1)))/c.feature_scale)
 
 # %% ../nbs/07_dit.ipynb #9082cda6
 @patch

@@ -45,26 +45,32 @@ class BLIP3oFlowMatchingLoss(nn.Module):
     def __init__(self,
         sigma_min:float=1e-4, sigma_max:float=1., # noise at t=1 and t=0, of the linear path
         normalize_targets:bool=True,   # whether `draw` brings each token to a mean square of 1
-        prediction_type:str="velocity",# what the network answers: "velocity", "epsilon" or "sample"
+        prediction_type:str=None,      # what the network answers: "velocity", "epsilon" or "sample"; default: what its output
+                                       # says (`output.prediction_type`), else "velocity"
         loss_space:str="velocity",     # where errors are measured: the same three names
         token_weights:torch.Tensor=None, # `[N]`, scaled to mean 1; see `cls_weights`
         velocity_scale:float=1.,       # multiplies the target
         output_scale:float=1.,         # multiplies the network's output
         regularization_weight:float=0.,# of the mean square of the network's output
         sphere_constraint_weight:float=0., # of the square by which an answer leaves the sphere, for `SlerpPath`
-        schedule_type:str="uniform",   # how `draw` draws times: see `sample_times`; "linear" is another name for "uniform"
+        schedule_type:str="uniform",   # how `draw` draws times: see `sample_times`; "linear" is "uniform"
         min_noise_level:float=0., max_noise_level:float=1., # band of noise that `draw` draws from: see `noise_band`
         buckets:int=4,                 # bands of t in `parts.by_t`
         path=None                      # the path itself, in place of `sigma_min` and `sigma_max`
     ):
         super().__init__()
-        if loss_space not in PREDICTION_TYPES: raise InputError(f"unknown loss_space '{loss_space}': choose one of {', '.join(PREDICTION_TYPES)}")
-        if path is not None and (sigma_min, sigma_max) != (1e-4, 1.): raise InputError("give sigma_min and sigma_max, or a path that has its own, not both")
-        self.path, self.prediction_type, self.loss_space = path or LinearPath(sigma_min, sigma_max), check_prediction_type(prediction_type), loss_space
-        self.normalize_targets, self.buckets, self.parts, self.reduction = normalize_targets, buckets, None, "mean"
+        if loss_space not in PREDICTION_TYPES:
+            raise InputError(f"unknown loss_space '{loss_space}': choose one of {', '.join(PREDICTION_TYPES)}")
+        if path is not None and (sigma_min, sigma_max) != (1e-4, 1.):
+            raise InputError("give sigma_min and sigma_max, or a path that has its own, not both")
+        self.path, self.loss_space = path or LinearPath(sigma_min, sigma_max), loss_space
+        self.given, self.prediction_type = bool(prediction_type), check_prediction_type(prediction_type or "velocity")
+        self.normalize_targets, self.buckets, self.parts = normalize_targets, buckets, None
+        self.reduction = "mean"
         self.regularization_weight, self.sphere_constraint_weight = regularization_weight, sphere_constraint_weight
         self.velocity_scale, self.output_scale = velocity_scale, output_scale
-        self.schedule_type, self.band = "uniform" if schedule_type == "linear" else schedule_type, noise_band(min_noise_level, max_noise_level)
+        self.schedule_type = "uniform" if schedule_type == "linear" else schedule_type
+        self.band = noise_band(min_noise_level, max_noise_level)
         w = None if token_weights is None else torch.as_tensor(token_weights, dtype=torch.float32)
         if w is not None and (w.min() < 0 or w.sum() == 0): raise InputError("token_weights must not be negative, nor all zero")
         self.register_buffer("token_weights", None if w is None else w/w.mean(), persistent=False)
@@ -73,14 +79,25 @@ class BLIP3oFlowMatchingLoss(nn.Module):
     def forward(self,
         output:torch.Tensor, # of the network `[B, N, D]` or `[B, D]`
         s:PathSample         # what its input was made of
-    ) -> torch.Tensor: # scalar; `[B]` where `reduction` is "none", as `learn.get_preds(with_loss=True)` has it
+    ) -> torch.Tensor: # scalar; `[B]` where `reduction` is "none", as in `learn.get_preds(with_loss=True)`
+        self.compare(output)
         pred = self.answer(output)
         err = (self.velocity_scale*self.error(pred, s)).square().mean(-1)                 # [B, N]
         if self.token_weights is not None: err = err*self.token_weights.to(err.device)
         per_image = err.reshape(len(err), -1).mean(1)                                     # [B]
-        flow, reg, sphere = per_image.mean(), self.regularization_weight*output.square().mean(), self.sphere_constraint_weight*self.off_sphere(pred, s)
-        self.parts = self.describe(pred.detach(), s, per_image.detach(), *(torch.as_tensor(x).detach() for x in (flow, reg, sphere)))
+        flow, reg = per_image.mean(), self.regularization_weight*output.square().mean()
+        sphere = self.sphere_constraint_weight*self.off_sphere(pred, s)
+        terms = (torch.as_tensor(x).detach() for x in (flow, reg, sphere))
+        self.parts = self.describe(pred.detach(), s, per_image.detach(), *terms)
         return (per_image if self.reduction == "none" else flow) + reg + sphere
+
+    def compare(self, output):
+        "Take the kind of answer that the output names; raises `InputError` where another one was given"
+        said = getattr(output, "prediction_type", self.prediction_type)
+        if self.given and said != self.prediction_type:
+            raise InputError(f"the loss is for answers of type '{self.prediction_type}', the network answers with "
+                             f"'{said}': give the loss prediction_type='{said}'")
+        self.prediction_type = said
 
     def answer(self, output):
         "What the network's output means: its answer, of `prediction_type`"

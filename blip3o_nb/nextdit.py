@@ -121,7 +121,7 @@ class NextDiT(Pretrained):
         temb = self.time(time_embedding(1000*(1 - t) if blip3o else t, scale=1.).to(self.inp.weight.dtype)) + cond.pooled
         x = self.through_blocks(self.inp(xt), temb, cond.kv)
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6)*(1 + self.ada(F.silu(temb)))[:, None]
-        return self.out(x)*(-1 if blip3o else 1)
+        return self.answer(self.out(x)*(-1 if blip3o else 1))
 
 # %% ../nbs/07b_nextdit.ipynb #13a4801c
 def to_halves(

@@ -12,8 +12,10 @@ import random, warnings, zipfile
 from pathlib import Path
 import numpy as np
 import torch
+from fastcore.basics import patch
 from .distributed import everyone, full_state, load_full_state, together
 from fastai.callback.core import Callback, CancelEpochException
+from .optimisation import PrecisionCallback, plain_numbers
 from .core import InputError, atomic_path, os_error, ranks
 
 # %% ../nbs/13c_resume.ipynb #7ba2891f
@@ -33,82 +35,106 @@ def set_rng_state(state:dict):
 
 # %% ../nbs/13c_resume.ipynb #9724b415
 class CheckpointCallback(Callback):
-    "Write the state of a training as it goes, and go on from the last one; raises `InputError` for a state of another training"
-    order = 50 # when everything that has a state is in place
+    "Write the state of a training as it goes, and resume from the last one; raises `InputError` for another training's"
+    order, _only_train_loop = 50, True # when everything that has a state is in place
+    complete = False # whether the training of these states has come to its end
     def __init__(self,
         folder:str|Path, # of the states, one file each
         every:int=500,   # batches from one to the next; besides, at the end of the fit
         keep:int=2,      # states that are kept
-        resume:bool=True # go on from the last state; otherwise those that are there are deleted
+        resume:bool=True # resume from the last state; otherwise those that are there are deleted
     ):
         if every < 1 or keep < 1: raise InputError(f"every is {every} and keep is {keep}: choose 1 or more")
         self.folder, self.every, self.keep, self.resume = Path(folder), every, keep, resume
     files = property(lambda self: sorted(self.folder.glob("step-*.pt")))
     def plan(self):
-        return dict(epochs=self.n_epoch, batches=len(self.dls.train), batch=self.dls.train.bs*ranks()[1], task=self.dls.task.name, seed=self.flow.seed, objective=self.objective,
+        "What must be the same for a state to be resumed from"
+        return dict(epochs=self.n_epoch, batches=len(self.dls.train), batch=self.dls.train.bs*ranks()[1],
+                    task=self.dls.task.name, seed=self.flow.seed, objective=self.objective,
                     parameters=sum(p.numel() for p in self.model.parameters()), lr=self.learn.lr)
     def before_fit(self):
         self.at, self.rng, self.stepped, self.saved = None, None, False, 0
-        if not self.resume and not ranks()[0]: [f.unlink() for f in self.files]
+        if self.complete:
+            raise InputError(f"the training of the states in {self.folder} is complete: for another one remove the "
+                             "callback with learn.remove_cb(CheckpointCallback), or give it another folder")
+        if not self.resume and not ranks()[0]:
+            for f in self.files: f.unlink()
         with together(): found = self.latest() if self.resume and not ranks()[0] else None # the first process reads for all
         s = everyone(found and {k: v for k, v in found.items() if k != "learner"})[0]
         if s is None: return
         other = [f"{k} {v} and not {self.plan()[k]}" for k, v in s["plan"].items() if self.plan()[k] != v]
         with together():
-            if other: raise InputError(f"the state in {self.folder} is of a training with {', '.join(other)}: use another folder, or start over with resume=False")
-        load_full_state(self.learn, found and found["learner"])
-        self.precision.scaler.load_state_dict(s["scaler"])
+            if other: raise InputError(f"the state in {self.folder} is of a training with {', '.join(other)}: "
+                                       "use another folder, or start over with resume=False")
+        self.go_on(s, found and found["learner"])
+    def go_on(self, s, weights):
+        load_full_state(self.learn, weights)
+        if self.learn._grab_cbs(PrecisionCallback): self.precision.scaler.load_state_dict(s["scaler"])
         self.at, self.saved, self.rng = s["at"], s["at"]["train_iter"], s["rng"]
-        self.record.clear(); self.record.update(s["record"])
+        self.record.clear()
+        self.record.update(s["record"])
         self.learn.train_iter, self.learn.pct_train = self.at["train_iter"], self.at["pct_train"]
+        self.flow.epochs, self.complete = self.at["order"] + 1, self.at["epoch"] == self.n_epoch
     def before_epoch(self):
         if self.at and self.epoch < self.at["epoch"]: raise CancelEpochException()
     def before_train(self):
         if not self.at: return
         self.learn.pct_train, self.learn.train_iter = self.at["pct_train"], self.at["train_iter"]
-        self.dls.train.epoch, self.dls.train.start, self.at = self.at["order"] - 1, self.at["batch"], None
+        self.flow.begin(self.at["order"])
+        self.dls.train.start, self.at = self.at["batch"], None
     def before_batch(self): self.restore_rng()
     def restore_rng(self): # once the loader has begun, which draws a number too
-        if self.rng and not self.at: set_rng_state(self.rng); self.rng = None
+        if self.at or not self.rng: return
+        set_rng_state(self.rng)
+        self.rng = None
     def after_step(self): self.stepped = True
     def after_batch(self):
         if not (self.training and self.stepped): return
         self.stepped, done = False, self.dls.train.start + self.iter + 1
         if self.train_iter - self.saved >= self.every: self.save(self.epoch, done)
-    def after_train(self): self.dls.train.start = 0; self.restore_rng()
+    def after_train(self):
+        self.dls.train.start = 0
+        self.restore_rng()
+    def restore_train(self): self.dls.train.start = 0
     def after_epoch(self): # with what the last validation added to the record
-        if self.epoch + 1 == self.n_epoch and not self.at: self.save(self.n_epoch, 0)
+        if self.epoch + 1 != self.n_epoch or self.at: return
+        self.save(self.n_epoch, 0)
+        self.complete = True
 
 # %% ../nbs/13c_resume.ipynb #35781eda
-def _save(self:CheckpointCallback, epoch:int, batch:int):
+@patch
+def save(self:CheckpointCallback, epoch:int, batch:int):
     "Write the state after so many batches of an epoch; every process has to call it"
-    state = dict(format=1, learner=full_state(self.learn), scaler=self.precision.scaler.state_dict(), rng=rng_state(), plan=self.plan(), record=self.record,
-                 at=dict(epoch=epoch, batch=batch, train_iter=self.train_iter, pct_train=self.pct_train, order=self.dls.train.epoch))
+    at = dict(epoch=epoch, batch=batch, train_iter=self.train_iter, pct_train=self.pct_train, order=self.dls.train.epoch)
+    scaler = self.precision.scaler.state_dict() if self.learn._grab_cbs(PrecisionCallback) else {}
+    state = dict(format=1, learner=full_state(self.learn), scaler=scaler, rng=rng_state(), plan=self.plan(),
+                 record=self.record, at=at)
     self.saved = self.train_iter
     file = self.folder/f"step-{self.train_iter:09}.pt"
     with together():
         if not ranks()[0]:
             try:
-                with atomic_path(file) as tmp: torch.save(_plain(state), tmp)
-            except (OSError, RuntimeError) as e: raise InputError(f"cannot write {file}: {e}; the states before it are whole: free some space, then start the same training again") from os_error(e)
+                with atomic_path(file) as tmp: torch.save(plain_numbers(state), tmp)
+            except (OSError, RuntimeError) as e:
+                raise InputError(f"cannot write {file}: {e}; the states before it are whole: "
+                                 "free some space, then start the same training again") from os_error(e)
             for f in self.files[:-self.keep]: f.unlink(missing_ok=True)
 
-def _plain(x):
-    "Numbers of NumPy as Python's own: a schedule leaves them in the optimiser, and a safe reader refuses them"
-    if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
-    return type(x)(map(_plain, x)) if isinstance(x, (list, tuple)) else x.item() if isinstance(x, np.generic) else x
+def _read_state(file):
+    "The state in a file; raises an error of some kind where there is none"
+    with zipfile.ZipFile(file) as z:
+        if z.testzip(): raise ValueError("it does not match its checksums")
+    s, parts = torch.load(file, map_location="cpu", weights_only=True), {"learner", "scaler", "rng", "plan", "record", "at"}
+    if isinstance(s, dict) and parts <= set(s) and isinstance(s["plan"], dict): return s
+    raise ValueError("it is no state of a training")
 
-def _latest(self:CheckpointCallback) -> dict|None:
+@patch
+def latest(self:CheckpointCallback) -> dict|None:
     "The newest state that can be read; raises `InputError` where there are some and none can"
     for f in reversed(self.files):
-        try:
-            with zipfile.ZipFile(f) as z:
-                if z.testzip(): raise ValueError("it does not match its checksums")
-            s = torch.load(f, map_location="cpu", weights_only=True)
-            if not (isinstance(s, dict) and {"learner", "scaler", "rng", "plan", "record", "at"} <= set(s) and isinstance(s["plan"], dict)): raise ValueError("it is no state of a training")
-            return s
+        try: return _read_state(f)
         except Exception as e: # of many kinds: damaged archives, pickles, code
-            warnings.warn(f"{f} cannot be read ({' '.join(str(e).split())[:100]}): the state before it is taken")
-    if self.files: raise InputError(f"no state in {self.folder} can be read: restore one, or start over with resume=False")
-
-CheckpointCallback.save, CheckpointCallback.latest = _save, _latest
+            said = " ".join(str(e).split())[:100]
+            warnings.warn(f"{f} cannot be read ({said}): the state before it is taken")
+    if self.files:
+        raise InputError(f"no state in {self.folder} can be read: restore one, or start over with resume=False")

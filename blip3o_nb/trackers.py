@@ -58,7 +58,7 @@ TRACKERS = dict(tensorboard=_tensorboard, wandb=_wandb)
 
 class TrackerCallback(Callback):
     "Hand what is new in `learn.record` to TensorBoard or Weights & Biases; raises `InputError` for a tracker that is not there"
-    order = 64 # after all that adds to the record
+    order, _only_train_loop = 64, True # after all that adds to the record
     def __init__(self,
         kind:str,        # "tensorboard" or "wandb"
         folder:str|Path, # where it keeps its files
@@ -82,4 +82,9 @@ class TrackerCallback(Callback):
         if self.training and self.train_iter % self.every == 0: self.send()
     def after_epoch(self): self.send()
     def after_fit(self):
-        if self.ways: self.send(); self.ways[2](); self.ways = None
+        if self.ways is None: return
+        try: self.send()
+        finally:
+            self.ways[2]()
+            self.ways = None
+    restore_fit = after_fit

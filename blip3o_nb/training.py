@@ -170,7 +170,7 @@ def train(
             facts = dict(size=config.model_size, prediction_type=config.prediction_type, bs=config.batch_size, epochs=epochs, lr=learn.lr, cls_weight=config.cls_weight, seed=config.seed)
             save_checkpoint(learn, out, **facts, **about, steps_trained=learn.train_iter, seconds=round(time.time() - start), record=thin(learn.record))
             write_json(out/"result.json", result)
-    return learn
+    return learn.remove_cbs([CheckpointCallback, GenerationCallback, TrackerCallback]) # which belong to this run
 
 def summary(learn, config:TrainingConfig) -> dict:
     "What a training came to"

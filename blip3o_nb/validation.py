@@ -29,17 +29,21 @@ def fixed_samples(
 # %% ../nbs/13b_validation.ipynb #a498d2cc
 class GenerationCallback(Callback):
     "Generate at the end of an epoch, add the cosines to `learn.record`, and store the weights that generate best"
-    order = 40 # after the average of the weights is in its place
+    order, _only_train_loop = 40, True # after the average of the weights is in its place
     def __init__(self,
         every:int=1,       # epochs; the last one always
-        n:int=64,          # held-out pictures, and as many of training
-        same_data:bool=False, # on training pictures too
+        n:int=64,          # held-out images, and as many of training
+        same_data:bool=False, # on training images too
         best:Path|None=None, # folder for the best weights so far, in the form that `Pipeline` loads
         method:str="euler", steps:int=4, seed:int=0
-    ): self.every, self.n, self.same_data, self.best, self.how = every, n, same_data, best, dict(method=method, steps=steps, seed=seed)
+    ):
+        self.every, self.n, self.same_data, self.best = every, n, same_data, best
+        self.how = dict(method=method, steps=steps, seed=seed)
     def before_fit(self):
-        self.judged = min(self.n, len(self.dls.valid.dataset)) # held-out pictures that are generated
-        self.record.update({"gen_step": [], "gen_cosine": [], "gen_centred": [], **({"gen_train_cosine": [], "gen_train_centred": []} if self.same_data else {})})
+        self.judged = min(self.n, len(self.dls.valid.dataset)) # held-out images that are generated
+        names = ["gen_step", "gen_cosine", "gen_centred"]
+        if self.same_data: names += ["gen_train_cosine", "gen_train_centred"]
+        self.record.update({name: [] for name in names})
     def after_validate(self):
         if (self.epoch + 1) % self.every and self.epoch + 1 < self.n_epoch: return
         with whole_average(self.learn): self.judge(Pipeline.from_learner(self.learn))
@@ -47,12 +51,16 @@ class GenerationCallback(Callback):
         r, was = self.record, max(self.record["gen_centred"], default=-2.)
         mean = self.real(fixed_samples(self.dls.train, 4*self.n)[1]).mean(0)
         raw, centred = self.score(pipe, self.dls.valid, mean)
-        r["gen_step"].append(self.train_iter); r["gen_cosine"].append(raw); r["gen_centred"].append(centred)
+        found = dict(gen_step=self.train_iter, gen_cosine=raw, gen_centred=centred)
         if self.same_data:
-            for k, v in zip(("gen_train_cosine", "gen_train_centred"), self.score(pipe, self.dls.train, mean)): r[k].append(v)
+            found |= zip(("gen_train_cosine", "gen_train_centred"), self.score(pipe, self.dls.train, mean))
+        for name, value in found.items(): r[name].append(value)
         with together():
-            if self.best and centred > was and not ranks()[0]: save_checkpoint(self.learn, self.best, method=self.how["method"], steps=self.how["steps"], centred_cosine=centred, steps_trained=self.train_iter)
-    def real(self, x): return self.flow.target_norm.decode(self.flow.target_norm.encode(x)).cpu() # without what the normalisation drops
+            if self.best and centred > was and not ranks()[0]:
+                save_checkpoint(self.learn, self.best, method=self.how["method"], steps=self.how["steps"],
+                                centred_cosine=centred, steps_trained=self.train_iter)
+    def real(self, x): # without what the normalisation drops
+        return self.flow.target_norm.decode(self.flow.target_norm.encode(x)).cpu()
     def score(self, pipe, dl, mean):
         cond, target = fixed_samples(dl, self.n)
         made, target = pipe(cond, **self.how), self.real(target)
