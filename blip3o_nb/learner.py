@@ -156,7 +156,7 @@ class ProgressBar(Callback):
         self.smooth = None
     def after_batch(self):
         if not self.training: return
-        loss = float(self.loss)
+        loss = self.loss.item()
         self.smooth = loss if self.smooth is None else .95*self.smooth + .05*loss
         self.bar.update()
         rate = self.bar.format_dict["rate"] or 0
