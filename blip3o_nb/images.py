@@ -47,7 +47,7 @@ def _zipped(path):
 def _open_tar(path): return gzip.open(path) if _zipped(path) else open(path, "rb")
 
 def tar_members(path:str|Path):
-    "(name, offset, size) of the regular members, by their headers alone; raises `InputError` for a damaged tar"
+    "(name, offset, size) of the regular members, from their headers; raises `InputError` for a damaged tar"
     try:
         with (_open_tar(path) as f,
               tarfile.open(fileobj=f, mode="r:", tarinfo=_Header, encoding="utf-8") as tar):
@@ -193,6 +193,7 @@ class TarSource(ImageSource):
 
 # %% ../nbs/03b_images.ipynb #d9dd9bf8
 TABLES = tuple(f"{n}.{e}" for n in ("metadata", "captions") for e in ("csv", "jsonl", "tsv"))
+_SHEETS = ("csv", "jsonl", "tsv", "parquet") # what may hold captions
 _TARS = (".tar", ".tar.gz", ".tgz")
 _PACKED = (".zip", ".7z", ".rar", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 _STARTS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|RIFF....WEBP|8BPS|\0\0\0\x0cJXL "
@@ -244,8 +245,8 @@ def _contents(root):
         if isinstance(e, OSError):
             left.append((name, f"{type(e).__name__}: {e.strerror}"))
             continue
-        lower, ext = e.name.lower(), _ext(name)
-        kind = "tar" if lower.endswith(_TARS) else "table" if lower in TABLES else ""
+        ext = _ext(name)
+        kind = "tar" if name.lower().endswith(_TARS) else "table" if ext in _SHEETS else ""
         kind = kind or ("image" if ext in EXTENSIONS else "text" if ext in TEXTS else "")
         why = _left_out(e, kind, root)
         if why: left.append((name, why))
@@ -287,8 +288,10 @@ class FolderSource(ImageSource):
             if i is None or self._odd.get(i, self.keys[i]) != stem: alone.append((name, slot))
             elif self._which[3*i + slot]: left.append((name, "a second file of this name"))
             else: self._which[3*i + slot] = known.setdefault(suffix, len(known))
-        used = {slot for slot in (1, 2) if any(self._which[slot::3])}
-        return left + [(name, "no picture among its files") for name, slot in alone if slot in used]
+        self.beside = {slot for slot in (1, 2) if any(self._which[slot::3])} # kinds of text that images have
+        other_case = {k.casefold() for k in at} if alone else ()
+        return left + [(name, "no picture among its files") for name, slot in alone
+                       if slot in self.beside or posixpath.splitext(name)[0].casefold() in other_case]
 
     def files(self, i):
         i, got = range(len(self))[i], {}
@@ -406,9 +409,8 @@ def _source(path):
     if not source.archives:
         if source.skipped: return source
         raise InputError(f"no images at {path}: the folder holds neither pictures nor tars")
-    if source.tables:
-        tables = ", ".join(source.tables)
-        logging.warning(f"{path}: {tables} beside tars is read only if you name it as captions")
+    tables = ", ".join(t for t in source.tables if t.lower() in TABLES)
+    if tables: logging.warning(f"{path}: {tables} beside tars is read only if you name it as captions")
     tars = TarSource(path, source.archives)
     tars.skipped = source.skipped | tars.skipped
     return tars
@@ -417,17 +419,25 @@ def _source(path):
 def _found_table(source):
     "Name and captions of the first table in a folder of images that has some; (None, {}) if there is none"
     tables, used, table = getattr(source, "tables", []), None, {}
-    here = [t for t in tables if "/" not in t]
+    here = [t for t in tables if t.lower() in TABLES]
     for t in sorted(here, key=lambda t: (TABLES.index(t.lower()), not t.islower())):
         table = read_captions(os.path.join(source.root, t), source.root)
         if any(table.values()):
             used = t
             break
-    unused, known = ", ".join(t for t in tables if t != used), ", ".join(CAPTION_FIELDS)
-    if unused and used: what = f"captions are taken from {used}, not from {unused}: name another as captions"
-    else: what = f"no captions in {unused}: a table lies beside the images and has a column {known}"
-    if unused: logging.warning(f"{source.path}: {what}")
+    _say_unused(source, tables, used)
     return used, table
+
+def _say_unused(source, tables, used):
+    "Log which tables in a folder are not read, of those that may have been meant"
+    left = [t for t in tables if t != used]
+    if used or left and source.beside: left = [t for t in left if posixpath.basename(t).lower() in TABLES]
+    if not left: return
+    names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+    if used: what = f"captions are taken from {used}, not from {names}: name another as captions"
+    else: what = (f"no captions in {names}: a table beside the images, named metadata or captions, "
+                  f"needs a column {', '.join(CAPTION_FIELDS)}; name any other as captions")
+    logging.warning(f"{source.path}: {what}")
 
 def _add_captions(source, name, table):
     "Give the captions of a table to a source; raises `InputError` where it has none for it"

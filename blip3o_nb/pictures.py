@@ -91,8 +91,10 @@ def upright_rgb(
     "An open image as `decode_image` reads its file; raises `Unreadable`, `InputError` for what is no image"
     image = _opened(image)
     wide, high = image.size
-    if max(wide, high) > 50*min(wide, high): # resized by its short side it would take gigabytes
+    if max(wide, high, 1) > 50*min(wide, high): # resized by its short side it would take gigabytes
         raise Unreadable(f"{wide} x {high} pixels, a strip")
+    if wide*high > (Image.MAX_IMAGE_PIXELS or wide*high): # a file of that size is not opened either
+        raise Unreadable(f"{wide} x {high} pixels, more than Pillow's limit of {Image.MAX_IMAGE_PIXELS:,}")
     tile = getattr(image, "tile", None) # gone once the pixels are loaded
     raw = tile[0][3] if tile and isinstance(tile[0][3], str) else None
     with _strictly():
@@ -210,6 +212,7 @@ class ImageSource:
     def __getitem__(self, i:int) -> Sample: return self.sample(i)
     def sample(self, i:int, at_least:int|None=None) -> Sample: # at_least: as `decode_image` takes it
         "Sample `i`, decoded; raises `Unreadable`"
+        key = self.keys[i]
         try:
             files = self.files(i)
             data = next(b for e, b in files.items() if e not in TEXTS)
@@ -221,7 +224,7 @@ class ImageSource:
             if isinstance(e, OSError) and e.errno and self._gone():
                 raise InputError(f"{self.path} cannot be read any more: restore it and start again") from e
             raise Unreadable(reason(e)) from e
-        return Sample(self.keys[i], image, caption, hashlib.sha256(data).hexdigest())
+        return Sample(key, image, caption, hashlib.sha256(data).hexdigest())
 
     def __iter__(self):
         "The samples that can be read, in order"
