@@ -228,13 +228,15 @@ def _walk(root):
 
 def _left_out(e, kind, root):
     "Why an entry of a folder is not read, or an empty string"
-    name, ext, inside = e.name.lower(), _ext(e.name), _inside(e.path, root)
+    name, ext = e.name.lower(), _ext(e.name)
     if e.is_symlink() and os.path.isdir(e.path): return "a link to a folder"
     if name.endswith(_PACKED): return "an archive that is packed in another way than tar or gzip: unpack it"
     if ext in UNREAD: return _NOT_READ
+    if not kind and ext and not ext.startswith(EXTENSIONS): return ""
+    inside = _inside(e.path, root)
     if not kind: # `photo`, `photo.jpg_large`
-        hidden = inside and (not ext or ext.startswith(EXTENSIONS)) and _begins_as_image(e.path)
-        return "an image by its first bytes, not by its suffix: rename it" if hidden else ""
+        image = inside and _begins_as_image(e.path)
+        return "an image by its first bytes, not by its suffix: rename it" if image else ""
     if inside or kind == "tar" and os.path.isfile(e.path): return ""
     return "a link that is broken or leads out of the folder" if e.is_symlink() else "no regular file"
 
