@@ -232,7 +232,8 @@ def _left_out(e, kind, root):
     if e.is_symlink() and os.path.isdir(e.path): return "a link to a folder"
     if name.endswith(_PACKED): return "an archive that is packed in another way than tar or gzip: unpack it"
     if ext in UNREAD: return _NOT_READ
-    if not kind and ext and not ext.startswith(EXTENSIONS): return ""
+    ours = kind or not ext or ext.startswith(EXTENSIONS)
+    if not ours or kind == "table" and name not in TABLES: return ""
     inside = _inside(e.path, root)
     if not kind: # `photo`, `photo.jpg_large`
         image = inside and _begins_as_image(e.path)

@@ -396,7 +396,7 @@ def test_tars_beside_what_is_not_read(tmp_path):
     assert read_images(tmp_path/"A.TAR").skipped == {"a (file)": "no suffix, so it belongs to no sample"}
 
 def test_a_pipe_without_a_suffix_is_not_opened(tmp_path):
-    (tmp_path/"a.png").write_bytes(PNG); os.mkfifo(tmp_path/"pipe"); (tmp_path/"out").symlink_to("/dev/zero")
+    (tmp_path/"a.png").write_bytes(PNG); os.mkfifo(tmp_path/"pipe"); (tmp_path/"out").symlink_to("/dev/zero"); (tmp_path/"numbers.csv").symlink_to("/dev/zero")
     assert read_images(tmp_path).skipped == {}
 
 # tables
