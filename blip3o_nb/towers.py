@@ -10,7 +10,7 @@ __all__ = ['STAGES', 'PARTS', 'LONGEST', 'leaving', 'Tower', 'OpenClipTower', 'T
 
 # %% ../nbs/02d_towers.ipynb #ecf4ac3f
 import hashlib
-from functools import wraps
+from functools import partial, wraps
 import open_clip, timm, torch
 from fastcore.basics import nested_attr, patch
 from open_clip.timm_model import TimmModel
@@ -19,6 +19,7 @@ from timm.models import register_model
 from timm.models.eva import Eva
 from torch import nn
 from .core import InputError, layout_of, to_layout
+from .pictures import reason, upright_rgb
 
 # %% ../nbs/02d_towers.ipynb #8dbe4d6e
 STAGES = ("hidden", "normed", "projected") # before the tower's final norm, after it, and after its projection
@@ -37,16 +38,25 @@ def leaving(
     return seen[-1]
 
 # %% ../nbs/02d_towers.ipynb #32f6c530
+def _as_a_file(preprocess, image):
+    "The pixels of an open image, read by the rules for files; raises `InputError` where it cannot be read"
+    try: image = upright_rgb(image)
+    except InputError: raise
+    except Exception as e: # decoders raise errors of every kind
+        raise InputError(f"an image cannot be read ({reason(e)}): take it out") from e
+    return preprocess(image)
+
 class Tower:
     "An image tower and its text tower; each family adds `blocks`, `hidden`, `norm`, `project` and `text`"
     pooling = "cls"
     def __init__(self,
         model:nn.Module,  # holds both towers; frozen here
         tokenize=None,    # list of strings to what the text tower takes
-        preprocess=None,  # PIL image to `[3, H, W]`
+        preprocess=None,  # upright RGB image to `[3, H, W]`
         about:dict=None   # what the contract says of the model and its preprocessing
     ):
-        self.model, self.tokenize, self.preprocess, self.about = model.eval().requires_grad_(False), tokenize, preprocess, about or {}
+        self.model, self.tokenize, self.about = model.eval().requires_grad_(False), tokenize, about or {}
+        self.preprocess = preprocess and partial(_as_a_file, preprocess)
     def compile(self):
         "Compile the blocks, each where it stands, so that hooks on them go on working"
         for b in self.blocks: b.forward = torch.compile(b.forward)

@@ -262,6 +262,19 @@ def test_random_access_equals_webdataset(format, mode, tmp_path):
         assert got == {e: b for e, b in want[i][1].items() if e in got} and {"txt", "json"} & set(want[i][1]) <= set(got)
     with pytest.raises(IndexError): source[len(source)]
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_members_in_any_order_are_the_same_samples(mode, tmp_path):
+    rng = np.random.default_rng(0)
+    texts = {"txt": lambda i: f"caption {i}".encode(), "json": lambda i: b'{"caption": "other"}', "cls": lambda i: b"7"}
+    members = [(f"{i:02}.{e}", encode(noise(seed=i)) if e == "png" else texts[e](i)) for i in range(12) for e in ("png", *texts)]
+    for _ in range(20):
+        order = [members[i] for i in rng.permutation(len(members))]
+        source = read_images(make_tar(tmp_path/"a.tar", order, mode=mode))
+        first = list(dict.fromkeys(n.split(".")[0] for n, _ in order))
+        assert [(s.key, s.caption) for s in source] == [(k, f"caption {int(k)}") for k in first] and source.skipped == {}
+        for i in rng.permutation(len(source)).tolist():
+            assert source.files(i) == {e: b for n, b in order for k, e in [n.split(".")] if k == source.keys[i] and e != "cls"}
+
 def test_keys_across_archives_lose_no_picture(tmp_path):
     pictures = [encode(noise(seed=i)) for i in range(9)]
     for n, (folder, names) in enumerate(dict(a=["0", "1", "2"], b=["0", "1", "00000/2"], c=["0", "00000/0", "2"]).items()):
@@ -337,8 +350,12 @@ def test_threads_do_not_disturb_each_other(mixed):
     with ThreadPoolExecutor(4) as pool: assert list(pool.map(mixed.files, order)) == [alone[i] for i in order]
 
 def test_an_index_of_many_is_compact(tmp_path):
-    source = read_images(make_tar(tmp_path/"many.tar", [(f"{i:05}.png", b"x") for i in range(3000)]))
-    assert len(pickle.dumps(source)) < 3000*70
+    near = [(f"{i:05}.{e}", b"x") for i in range(3000) for e in ("png", "txt")]
+    for members in (near, sorted(near, key=lambda m: m[0][-3:]), sorted(near, key=lambda m: m[0][-3:], reverse=True)):
+        tracemalloc.start()
+        source = read_images(make_tar(tmp_path/"many.tar", members))
+        held = tracemalloc.get_traced_memory()[0]; tracemalloc.stop()
+        assert len(source) == 3000 and len(pickle.dumps(source)) < 3000*70 and held < 3000*500
 
 # folders
 
@@ -357,7 +374,8 @@ def test_folder(tmp_path):
     os.close(os.open(os.fsencode(root) + b"/f\xe9.png", os.O_CREAT)); Path(os.fsdecode(os.fsencode(root) + b"/f\xe9.png")).write_bytes(PNG)
     source = read_images(root); listed = dict(source.skipped)
     assert {s.key: s.caption for s in source} == {"a": "caption a", "f\ufffd": "", "in": "", "sub.v1/b.c": "bc", "sub.v1/deep/d": "", "x": ""}
-    assert set(listed) == {"a.png", "fifo.png", "out.png", "up.png", "broken.png", "loop.png", "self", "outside", "link.d", "x.png (file)"} and not set(listed) & set(source.keys)
+    assert set(listed) == {"a.png", "fifo.png", "out.png", "up.png", "broken.png", "loop.png", "self", "outside", "link.d", "x.png (file)",
+                           "in.txt", "sub.v1/b.c.txt"} and not set(listed) & set(source.keys)
     assert {k: v for k, v in source.skipped.items() if k not in listed} == {"e": "an empty file", "x.png": "not a webp, jpeg, png, gif, bmp or tiff"}
     assert [seen(s) for s in pickle.loads(pickle.dumps(source))] == [seen(s) for s in source]
     (root/"a.JPG").unlink(); (root/"x.jpg").unlink()
@@ -370,12 +388,23 @@ def test_folder_of_pictures_and_archives(tmp_path):
     source = read_images(str(tmp_path))
     assert (source.keys, source.skipped, source.path) == (["a"], {"b.tar": "an archive in a folder of pictures"}, str(tmp_path))
 
+def test_tars_beside_what_is_not_read(tmp_path):
+    make_tar(tmp_path/"A.TAR", [("a.png", PNG), ("a", b""), ("d/._a.png", b"")]); make_tar(tmp_path/"b.tar.gz", [("b.png", PNG)], mode="w:gz")
+    (tmp_path/"c.zip").write_bytes(b""); (tmp_path/"logo.svg").write_bytes(b"<svg/>"); (tmp_path/"d.tar").symlink_to("nowhere")
+    source = read_images(tmp_path)
+    assert source.keys == ["a", "b"] and set(source.skipped) == {"A/a", "c.zip", "logo.svg", "d.tar"}
+    assert read_images(tmp_path/"A.TAR").skipped == {"a (file)": "no suffix, so it belongs to no sample"}
+
+def test_a_pipe_without_a_suffix_is_not_opened(tmp_path):
+    (tmp_path/"a.png").write_bytes(PNG); os.mkfifo(tmp_path/"pipe"); (tmp_path/"out").symlink_to("/dev/zero"); (tmp_path/"numbers.csv").symlink_to("/dev/zero")
+    assert read_images(tmp_path).skipped == {}
+
 # tables
 
 FAULTS = {"too many.csv": (b"file_name,text\na.png,x,y\n", 2), "too few.csv": (b"file_name,text\na.png,x\n\nb.png\n", 4), "quote.csv": (b'file_name,text\na.png,"x\nb.png,y\n', 3),
           "after quote.csv": (b'file_name,text\na.png,"x"y\n', 2), "no key.csv": (b"name,text\na.png,x\n", 2), "empty key.csv": (b"key,text\na,x\n,y\n", 3), "latin.csv": ("key,text\na,x\nb,é\n".encode("latin-1"), 3),
           "long.csv": (b"key,text\na," + b"x"*200_000 + b"\n", 2), "cut.jsonl": (b'{"key": "a"}\n\n{"key": "b"', 3), "list.jsonl": (b'{"key": "a"}\n["b"]\n', 2), "no key.jsonl": (b'{"text": "a"}\n', 1),
-          "utf16.jsonl": ('{"key": "a"}\n'.encode("utf-16"), 1), "deep.jsonl": (b"["*100_000, 1), "digits.jsonl": (b'{"key": ' + b"9"*5000 + b"}", 1)}
+          "utf16.jsonl": ('{"key": "a"}\n'.encode("utf-16")[:-1], 1), "zero.csv": (b"key,text\na,x\nb,\0\n", 3), "deep.jsonl": (b"["*100_000, 1), "digits.jsonl": (b'{"key": ' + b"9"*5000 + b"}", 1)}
 
 @pytest.mark.fault("table of captions with a fault", "pictures", "refused in one line with file and number of the line")
 @pytest.mark.parametrize("name", FAULTS)
