@@ -241,7 +241,8 @@ def load_full_state(learn:Learner,
             raise InputError("there is no optimiser or average yet to load into: call learn.fit(0), "
                              "or load in before_fit of a callback with order above 30")
         if ranks()[0] == 0 or not several: _check_state(learn, state)
-    state = {k: dict(v) if isinstance(v, dict) else v for k, v in (state or {}).items()} # torch changes the dictionaries
+    # torch changes the dictionaries
+    state = {k: dict(v) if isinstance(v, dict) else v for k, v in (state or {}).items()}
     state = dict(model={}, opt={}, ema={}, ema_steps=0) | state
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
     set_model_state_dict(learn.model, state["model"], options=options)

@@ -6,7 +6,8 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/learner.html.md"""
 
 # %% auto #0
 __all__ = ['INSTEAD', 'FlowCallback', 'ConditioningDropout', 'RegressionCallback', 'NaNGuard', 'RecordCallback', 'ProgressBar',
-           'FlowLearner', 'flow_learner', 'flow_loss', 'noise_size', 'task_path', 'check_learner', 'check_features']
+           'check_callback', 'FlowLearner', 'flow_learner', 'flow_loss', 'noise_size', 'task_path', 'check_learner',
+           'check_features']
 
 # %% ../nbs/12_learner.ipynb #5b8cfe15
 import warnings
@@ -68,9 +69,10 @@ class FlowCallback(Callback):
 
     def draw(self, x1):
         "One `PathSample` for targets `[B, N, D]`"
-        noise = [self.path.noise((1, *x1.shape[1:]), g, x1.device) for g in self.generators("noise", x1.device)]
+        shape, device = (1, *x1.shape[1:]), x1.device
+        noise = [self.path.noise(shape, g, device) for g in self.generators("noise", device)]
         t = [sample_times(self.times, 1, g, self.shift, band=self.band) for g in self.generators("time")]
-        return self.path.sample(torch.cat(noise), x1, torch.cat(t).to(x1.device))
+        return self.path.sample(torch.cat(noise), x1, torch.cat(t).to(device))
 
     def before_batch(self):
         s = self.draw(self.target_norm.encode(self.y))
@@ -110,7 +112,8 @@ class NaNGuard(Callback):
     def before_step(self):
         norm = self.grad_norm if self.learn._grab_cbs(ClipCallback) else self.norm()
         if not torch.isfinite(norm): self.stop("the norm of the gradient", norm)
-    def norm(self): return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+    def norm(self):
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
     def stop(self, what, value):
         keys, (xt, t, cond, *_), (s,) = self.dl.batch_keys(self.iter), self.xb, self.yb
         fine = [x.flatten(1).isfinite().all(1).tolist() for x in (s.x1, cond)]
@@ -121,7 +124,9 @@ class NaNGuard(Callback):
                "or train with precision fp32")
         raise InputError(f"{what} is {value.item()} in step {self.train_iter + 1}, which was not taken: {why}")
 
-def _some(keys): return ", ".join(map(str, keys[:4])) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+def _some(keys):
+    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+    return ", ".join(map(str, keys[:4])) + more
 
 # %% ../nbs/12_learner.ipynb #f24d1e81
 class RecordCallback(Callback):
@@ -171,8 +176,15 @@ _MIXED = "leave it out: a mixture of two images' tokens is no image's tokens"
 _PRECISION = "give flow_learner precision='bf16' or 'fp16'"
 _PROCESSES = "use DistributedCallback of blip3o_nb.distributed"
 INSTEAD = dict(MixUp=_MIXED, CutMix=_MIXED, MixedPrecision=_PRECISION, NonNativeMixedPrecision=_PRECISION,
-               GradientClip="give flow_learner clip", ParallelTrainer=_PROCESSES, DistributedTrainer=_PROCESSES,
+               GradientClip="give flow_learner clip",
+               ParallelTrainer=_PROCESSES, DistributedTrainer=_PROCESSES,
                ShowGraphCallback="use LivePlot of blip3o_nb.monitors")
+
+def check_callback(cb):
+    "Raise `InputError` for a callback of fastai that would do harm in a flow"
+    kind = cb if isinstance(cb, type) else type(cb)
+    names = [c.__name__ for c in kind.__mro__ if c.__name__ in INSTEAD and c.__module__.startswith("fastai.")]
+    if names: raise InputError(f"{names[0]} does not work with a flow: {INSTEAD[names[0]]}")
 
 class FlowLearner(RestoringLearner):
     "A fastai `Learner` of a flow, as `flow_learner` makes it"
@@ -184,17 +196,24 @@ class FlowLearner(RestoringLearner):
         return kept[0].averaged().module if kept else get_model(self.model)
     def add_cbs(self, cbs):
         "As fastai's; raises `InputError` for callbacks of fastai that would do harm, before any is added"
-        for cb in L(cbs):
-            kind = cb if isinstance(cb, type) else type(cb)
-            name = next((c.__name__ for c in kind.__mro__ if c.__name__ in INSTEAD and c.__module__.startswith("fastai.")), None)
-            if name: raise InputError(f"{name} does not work with a flow: {INSTEAD[name]}")
+        for cb in L(cbs): check_callback(cb)
         return super().add_cbs(cbs)
+    def add_cb(self, cb):
+        "As `add_cbs`, of one"
+        check_callback(cb)
+        return super().add_cb(cb)
+    def remove_cb(self, cb):
+        "As fastai's; raises `InputError` for the `FlowCallback`"
+        if isinstance(cb, FlowCallback):
+            raise InputError("a flow cannot be trained without its FlowCallback: make another learner "
+                             "with flow_learner")
+        return super().remove_cb(cb)
     def freeze(self):
         "Warn that nothing is frozen"
         warnings.warn("nothing is frozen: the parameter groups are for weight decay, not for depth; "
                       "set requires_grad_(False) on what is to stay, before the first fit")
-    def fine_tune(self, epochs:int, base_lr:float|None=None, freeze_epochs:int=1, **kwargs):
-        "Train all weights for `freeze_epochs + epochs` epochs of one cycle"
+    def fine_tune(self, epochs:int, base_lr:float|None=None, freeze_epochs:int=1, lr_mult=None, **kwargs):
+        "Train all weights, at one rate, for `freeze_epochs + epochs` epochs; `lr_mult` has no effect"
         self.fit_one_cycle(freeze_epochs + epochs, base_lr, **kwargs)
 
 # %% ../nbs/12_learner.ipynb #48f3aa09
@@ -204,7 +223,8 @@ def get_preds(self:FlowLearner,
     with_input:bool=False,   # the conditioning, too, in front
     with_decoded:bool=False, # the generated tokens once more, as fastai has it
     with_loss:bool=False,    # the loss of each image, too, at the end
-    act=None, inner:bool=False, reorder:bool=True, cbs=None, # as fastai has them; the order is that of the split
+    with_preds:bool=True, with_targs:bool=True, # None in the place of generated or real tokens otherwise
+    act=None, inner:bool=False, reorder:bool=True, cbs=None, # as fastai has them; in the split's order
     **options                # of a `Pipeline`'s call: seed, method, steps, guidance_scale
 ) -> tuple: # generated and real tokens `[n, N, D]`, on the CPU
     "What a `Pipeline` of this learner generates for a split, and the real tokens"
@@ -212,24 +232,28 @@ def get_preds(self:FlowLearner,
     dl = self.dls[ds_idx] if dl is None else dl
     if hasattr(dl, "new"): dl = dl.new(shuffle=False, drop_last=False)
     columns = [torch.cat([torch.as_tensor(x).cpu() for x in column]) for column in zip(*dl)]
-    made, real = Pipeline.from_learner(self)(columns[0], **options), columns[1] if len(columns) > 1 else None
-    res = [*([columns[0]] if with_input else []), act(made) if act else made, real, *([made] if with_decoded else [])]
+    made = Pipeline.from_learner(self)(columns[0], **options) if with_preds else None
+    real = columns[1] if with_targs and len(columns) > 1 else None
+    res = [*([columns[0]] if with_input else []), act(made) if act and with_preds else made, real]
+    if with_decoded: res.append(made)
     if with_loss: res.append(self._losses(dl, cbs))
     return tuple(res)
 
 @patch
 def _losses(self:FlowLearner, dl, cbs):
     "The loss of each image of a split, with the draws of a validation"
-    return Learner.get_preds(self, dl=dl, with_preds=False, with_targs=False, with_loss=True, reorder=False, cbs=cbs)[-1]
+    return Learner.get_preds(self, dl=dl, with_preds=False, with_targs=False, with_loss=True, reorder=False,
+                             cbs=cbs)[-1]
 
-@patch
-def predict(self:FlowLearner, item, **kwargs):
-    "Not here; raises `InputError`"
-    raise InputError("predict does not fit a flow: generate with Pipeline.from_learner(learn)(conditioning)")
+def _generate_instead(self, *args, **kwargs):
+    "Not for a flow; raises `InputError`"
+    raise InputError("this call of fastai does not fit a flow: "
+                     "generate with Pipeline.from_learner(learn)(conditioning)")
+FlowLearner.predict = FlowLearner.tta = _generate_instead
 
 @patch
 def show_results(self:FlowLearner, ds_idx=1, dl=None, max_n=6, **options):
-    "Conditioning, real and generated tokens of the first images of a split, with the cosine between the last two"
+    "Conditioning, real and generated tokens of the first images of a split, and the cosine of the last two"
     dl = self.dls[ds_idx] if dl is None else dl
     cond, real = dl.new(shuffle=False, drop_last=False, bs=min(max_n, len(dl.dataset))).one_batch()
     made, real = self.get_preds(dl=[(cond, real)], **options)
@@ -272,7 +296,7 @@ def flow_learner(
     gradient_checkpointing:bool=False, # less memory for a second forward pass
     compile:bool=False,     # compiled blocks
     progress:bool=True, seed:int=0, cbs=(),
-    **loss                  # of `BLIP3oFlowMatchingLoss`; `loss_space` is by default the kind of the model's answer
+    **loss                  # of `BLIP3oFlowMatchingLoss`; default of `loss_space`: the kind of the model's answer
 ) -> FlowLearner:
     "A fastai `Learner` that trains `model` on the flow from noise to the task's target; raises `InputError`"
     task = get_task(task or dls.task)
@@ -284,14 +308,16 @@ def flow_learner(
     path = path or task_path(task, norms[0], dls.target_stats.mean.shape[-1])
     check_features(model, dls, norms, path)
     kind = FlowCallback if objective == "flow" else RegressionCallback
-    flow = kind(*norms, path=path, times=times, shift=shift, band=noise_band(min_noise_level, max_noise_level), seed=seed)
-    concerns = [flow, RecordCallback(), EMACallback(ema), PrecisionCallback(precision), ClipCallback(clip), NaNGuard(),
-                DecayMatricesOnly(), ProgressBar(objective, progress), *_optional(model, dls, accumulate), *L(cbs)]
+    band = noise_band(min_noise_level, max_noise_level)
+    concerns = [kind(*norms, path=path, times=times, shift=shift, band=band, seed=seed), RecordCallback(),
+                EMACallback(ema), PrecisionCallback(precision), ClipCallback(clip), NaNGuard(), DecayMatricesOnly(),
+                ProgressBar(objective, progress), *_optional(model, dls, accumulate), *L(cbs)]
     model.gradient_checkpointing = gradient_checkpointing
     if compile: model.compile()
     opt = partial(DecayOptimizer, opt=partial(torch.optim.AdamW, betas=betas, eps=1e-8, fused=True))
-    learn = FlowLearner(dls, model, loss_func=flow_loss(model.config, path, cls_weight, **loss), opt_func=opt, lr=lr,
-                        wd=wd, splitter=decay_groups, moms=(betas[0],)*3, cbs=concerns)
+    loss_func = flow_loss(model.config, path, cls_weight, **loss)
+    learn = FlowLearner(dls, model, loss_func=loss_func, opt_func=opt, lr=lr, wd=wd, splitter=decay_groups,
+                        moms=(betas[0],)*3, cbs=concerns)
     learn.remove_cb(ProgressCallback)
     learn.objective, learn.logger, learn.record = objective, noop, {}
     return learn
@@ -299,9 +325,9 @@ def flow_learner(
 # %% ../nbs/12_learner.ipynb #e261bb88
 def flow_loss(c, path, cls_weight:float=1., **options):
     "The loss for a network of configuration `c`, which is measured as what the network answers"
-    options = {"loss_space": c.prediction_type, "velocity_scale": c.feature_scale, "output_scale": c.feature_scale} | options
+    own = dict(loss_space=c.prediction_type, velocity_scale=c.feature_scale, output_scale=c.feature_scale)
     return BLIP3oFlowMatchingLoss(path=path, prediction_type=c.prediction_type,
-                                  token_weights=cls_weights(c.num_tokens, cls_weight), **options)
+                                  token_weights=cls_weights(c.num_tokens, cls_weight), **own | options)
 
 def _optional(model, dls, accumulate):
     "Callbacks that only some trainings have"
@@ -310,7 +336,7 @@ def _optional(model, dls, accumulate):
     if accumulate > 1: yield GradientAccumulation(accumulate*dls.bs)
 
 def noise_size(norm, dim):
-    "Options of `LinearPath` for noise as large as the targets: of norm 1, not of variance 1, for those of norm 1"
+    "Options of `LinearPath` for noise as large as the targets: of norm 1 for those of norm 1"
     return dict(sigma_max=dim**-.5) if norm.mode == "l2" else {}
 
 def task_path(task, norm, dim):
@@ -327,7 +353,8 @@ def check_learner(model, dls, objective, accumulate):
         raise InputError("one training image less its own mean is nothing: add images, "
                          "or give a task with target_norm 'channel'")
     if not 1 <= accumulate <= len(dls.train):
-        raise InputError(f"accumulate is {accumulate}: choose from 1 to {len(dls.train)}, the batches of an epoch")
+        raise InputError(f"accumulate is {accumulate}: choose from 1 to {len(dls.train)}, "
+                         "the batches of an epoch")
     _check_finite(dls, dls.task.target, dls.target_stats, "target")
     _check_finite(dls, dls.task.cond, dls.cond_stats, "conditioning")
 
@@ -338,18 +365,20 @@ def _check_finite(dls, column, stats, side):
     for part in torch.arange(len(ds)).split(256) if hasattr(ds, "rows") else ():
         fine = ds.rows(column, part).flatten(1).isfinite().all(1).tolist()
         bad += [ds.keys[i] for i, ok in zip(part.tolist(), fine) if not ok]
-    raise InputError(f"the {side} features of {_some(bad) if bad else 'some images'} hold numbers that are not finite: "
-                     "extract them again")
+    whose = _some(bad) if bad else "some images"
+    raise InputError(f"the {side} features of {whose} hold numbers that are not finite: extract them again")
 
 def check_features(model, dls, norms, path):
-    "Refuse a model whose widths or token counts differ from the normalised features', and a path that does not fit them"
+    "Refuse a model of other widths or token counts than the normalised features, and a path that does not fit"
     stats = dls.target_stats, dls.cond_stats
     (n, d), (m, e) = (norm.encoded_shape or tuple(s.mean.shape) for norm, s in zip(norms, stats))
     c = model.config
-    for what, have, want in [("num_tokens", c.num_tokens, n), ("target width", c.target_size, d),
-                             ("conditioning width", c.cond_size, e), ("cond_tokens", c.cond_tokens or c.num_tokens, m)]:
+    sizes = dict(num_tokens=(c.num_tokens, n), target_width=(c.target_size, d), conditioning_width=(c.cond_size, e),
+                 cond_tokens=(c.cond_tokens or c.num_tokens, m))
+    for what, (have, want) in sizes.items():
         if have != want:
-            raise InputError(f"the model's {what} is {have}, the features have {want}: build the model with {want}")
+            raise InputError(f"the model's {what.replace('_w', ' w')} is {have}, the features have {want}: "
+                             f"build the model with {want}")
     if isinstance(path, SlerpPath) and norms[0].mode not in ("l2", "sphere"):
-        raise InputError(f"a spherical path needs targets on the sphere, task '{dls.task.name}' has target_norm "
-                         f"'{norms[0].mode}': use l2 or sphere")
+        raise InputError(f"a spherical path needs targets on the sphere, task '{dls.task.name}' has "
+                         f"target_norm '{norms[0].mode}': use l2 or sphere")

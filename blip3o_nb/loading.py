@@ -96,7 +96,7 @@ class Normalizer(torch.nn.Module):
 # %% ../nbs/02c_loading.ipynb #063f61c9
 def _take(cond, target, idxs): return cond[idxs], target[idxs]
 def _floats(batch): return tuple(x.float() for x in batch)
-def _nothing(batch): raise InputError("these loaders hold no samples: make others with feature_dls or tensor_dls")
+def _nothing(batch): raise InputError("these loaders are empty: make others with feature_dls or tensor_dls")
 
 def task_loaders(
     splits:tuple,       # training and held-out samples: two things with a length
@@ -118,7 +118,8 @@ def task_loaders(
                          "lower bs or add samples")
     if not len(valid):
         raise InputError(f"{where} has no held-out sample among {len(train)}: add samples or raise share")
-    return _loaders(splits, keys, fetch, task, contract, stats, bs, seed, num_workers, device, share, repeat, after)
+    return _loaders(splits, keys, fetch, task, contract, stats, bs, seed, num_workers, device, share, repeat,
+                    after)
 
 # %% ../nbs/02c_loading.ipynb #53ad6c6a
 @cache
@@ -127,7 +128,7 @@ def _loader_class():
     from fastai.data.load import DataLoader
     class TaskLoader(DataLoader):
         epoch = -1 # number of the order that was drawn last
-        start = 0  # batches of the epoch that are passed over, for a training that resumes in the middle of one
+        start = 0  # batches of the epoch that are passed over, where a training resumes in the middle of one
         def of(self, keys, seed, repeat):
             "Give the loader what its order depends on"
             self.sample_keys, self.seed, self.repeat, self.process = keys, seed, repeat, ranks()
@@ -174,7 +175,8 @@ def _loaders(splits, keys, fetch, task, contract, stats, bs, seed, num_workers, 
     from fastai.data.core import DataLoaders
     loader_class, world = _loader_class(), ranks()[1]
     class TaskLoaders(DataLoaders):
-        made_of = (splits, keys, fetch, task, contract, stats, bs, seed, num_workers, device, share, repeat, after)
+        made_of = (splits, keys, fetch, task, contract, stats, bs, seed, num_workers, device, share, repeat,
+                   after)
         @cached_property
         def target_stats(self): return stats(task.target)
         @cached_property
@@ -235,12 +237,13 @@ def tensor_dls(
     task:str|Task="clip_generation", bs:int=64, seed:int=0, device=None,
     contract:dict|None=None # of both columns, for checkpoints
 ): # as of `feature_dls`
-    "Batches of tokens in memory; raises `InputError` for a split that is too small or with sides of unlike length"
+    "Batches of tokens in memory; raises `InputError` for a small split, or one with sides of unlike length"
     task, splits = get_task(task), (train, held_out)
     for name, (c, t) in zip(("training", "held-out"), splits):
         if len(c) != len(t):
             raise InputError(f"{len(c)} conditionings and {len(t)} targets in the {name} split: "
                              "give both for the same images")
-    return task_loaders(tuple(t for _, t in splits), tuple(range(len(t)) for _, t in splits),
-                        tuple(partial(_take, *s) for s in splits), task, contract or {}, partial(_stats_of, task, train),
-                        bs, seed, 0, default_device(device), "the tensors given")
+    targets, keys = zip(*((t, range(len(t))) for _, t in splits))
+    fetch, stats = tuple(partial(_take, *s) for s in splits), partial(_stats_of, task, train)
+    return task_loaders(targets, keys, fetch, task, contract or {}, stats, bs, seed, 0, default_device(device),
+                        "the tensors given")

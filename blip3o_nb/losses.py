@@ -45,8 +45,8 @@ class BLIP3oFlowMatchingLoss(nn.Module):
     def __init__(self,
         sigma_min:float=1e-4, sigma_max:float=1., # noise at t=1 and t=0, of the linear path
         normalize_targets:bool=True,   # whether `draw` brings each token to a mean square of 1
-        prediction_type:str=None,      # what the network answers: "velocity", "epsilon" or "sample"; default: what its output
-                                       # says (`output.prediction_type`), else "velocity"
+        prediction_type:str=None,      # what the network answers: "velocity", "epsilon" or "sample"; default:
+                                       # what its output says (`output.prediction_type`), else "velocity"
         loss_space:str="velocity",     # where errors are measured: the same three names
         token_weights:torch.Tensor=None, # `[N]`, scaled to mean 1; see `cls_weights`
         velocity_scale:float=1.,       # multiplies the target
@@ -60,11 +60,13 @@ class BLIP3oFlowMatchingLoss(nn.Module):
     ):
         super().__init__()
         if loss_space not in PREDICTION_TYPES:
-            raise InputError(f"unknown loss_space '{loss_space}': choose one of {', '.join(PREDICTION_TYPES)}")
+            known = ", ".join(PREDICTION_TYPES)
+            raise InputError(f"unknown loss_space '{loss_space}': choose one of {known}")
         if path is not None and (sigma_min, sigma_max) != (1e-4, 1.):
             raise InputError("give sigma_min and sigma_max, or a path that has its own, not both")
         self.path, self.loss_space = path or LinearPath(sigma_min, sigma_max), loss_space
-        self.given, self.prediction_type = bool(prediction_type), check_prediction_type(prediction_type or "velocity")
+        self.given = bool(prediction_type)
+        self.prediction_type = check_prediction_type(prediction_type or "velocity")
         self.normalize_targets, self.buckets, self.parts = normalize_targets, buckets, None
         self.reduction = "mean"
         self.regularization_weight, self.sphere_constraint_weight = regularization_weight, sphere_constraint_weight
@@ -95,8 +97,8 @@ class BLIP3oFlowMatchingLoss(nn.Module):
         "Take the kind of answer that the output names; raises `InputError` where another one was given"
         said = getattr(output, "prediction_type", self.prediction_type)
         if self.given and said != self.prediction_type:
-            raise InputError(f"the loss is for answers of type '{self.prediction_type}', the network answers with "
-                             f"'{said}': give the loss prediction_type='{said}'")
+            raise InputError(f"the loss is for answers of type '{self.prediction_type}', the network answers "
+                             f"with '{said}': give the loss prediction_type='{said}'")
         self.prediction_type = said
 
     def answer(self, output):

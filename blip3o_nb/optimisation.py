@@ -35,7 +35,8 @@ def ema_decay(
     "Decay of the average at step `n`: small at first, so that the initial weights are soon forgotten"
     return min(decay, (1 + n)/(10 + n))
 
-def _average(decay, averaged, weights, n): torch._foreach_lerp_(averaged, weights, 1 - ema_decay(int(n), decay))
+def _average(decay, averaged, weights, n):
+    torch._foreach_lerp_(averaged, weights, 1 - ema_decay(int(n), decay))
 
 class EMACallback(Callback):
     "Exponential moving average of the weights, in `learn.ema_model`; used for validation"
@@ -53,7 +54,9 @@ class EMACallback(Callback):
     def after_validate(self):
         if self.live is not None: self.learn.model, self.live = self.live, None
     restore_validate = after_validate
-    def state_dict(self): return dict(weights=self.averaged().module.state_dict(), steps=int(self.ema_model.n_averaged))
+    def state_dict(self):
+        average = self.averaged()
+        return dict(weights=average.module.state_dict(), steps=int(average.n_averaged))
     def load_state_dict(self, state):
         "The average of `state`; without one it begins with the present weights"
         self.averaged().module.load_state_dict(state.get("weights") or get_model(self.model).state_dict())
@@ -115,7 +118,7 @@ def has_bf16(device:torch.device|str="cpu") -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 def fast_dtype(device:torch.device|str="cpu") -> torch.dtype:
-    "What `BLIP3O_PRECISION` says; without it bfloat16 where the hardware has it, else float32. Raises `InputError`"
+    "What `BLIP3O_PRECISION` says, else bfloat16 where the hardware has it, else float32; raises `InputError`"
     asked = os.environ.get("BLIP3O_PRECISION") or "auto"
     if asked == "auto": return torch.bfloat16 if has_bf16(device) else torch.float32
     if asked in PRECISIONS: return PRECISIONS[asked]
@@ -128,11 +131,13 @@ class PrecisionCallback(Callback):
     def __init__(self, dtype:str="auto"): # "auto" (see `fast_dtype`), "fp32", "bf16" or "fp16"
         if dtype not in ("auto", *PRECISIONS):
             raise InputError(f"unknown precision '{dtype}': choose auto, {', '.join(PRECISIONS)}")
-        self.asked, self.dtype, self.scaler = dtype, PRECISIONS.get(dtype), torch.amp.GradScaler(enabled=False)
+        self.asked, self.dtype = dtype, PRECISIONS.get(dtype)
+        self.scaler = torch.amp.GradScaler(enabled=False)
     def before_fit(self):
         device = torch.device(self.dls.device).type
         if self.asked == "auto": self.dtype = fast_dtype(device)
-        if self.dtype == torch.float16 and not self.scaler.is_enabled(): self.scaler = torch.amp.GradScaler(device)
+        if self.dtype == torch.float16 and not self.scaler.is_enabled():
+            self.scaler = torch.amp.GradScaler(device)
     def before_batch(self):
         device = torch.device(self.dls.device).type
         self.ctx = torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
@@ -144,7 +149,7 @@ class PrecisionCallback(Callback):
         self.ctx = None
     after_batch = restore_batch = after_loss # of a batch that was cancelled, or ended by an error
     def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
-    def before_step(self): # the scaler takes this object for the optimiser: it calls `step`, unless a gradient overflowed
+    def before_step(self): # the scaler takes this object for the optimiser: it calls `step` but after an overflow
         self.overflow = self.scaler.is_enabled()
         if not self.overflow: return
         self.scaler.step(self)
@@ -185,7 +190,7 @@ class DecayMatricesOnly(Callback):
 
 # %% ../nbs/11b_optimisation.ipynb #74c5336c
 def plain_numbers(x):
-    "Numbers of NumPy as Python's own: a schedule leaves them in the optimiser, and a safe reader refuses them"
+    "Numbers of NumPy as Python's own: a schedule leaves them in an optimiser, a safe reader refuses them"
     if isinstance(x, dict): return {k: plain_numbers(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)): return type(x)(map(plain_numbers, x))
     return x.item() if isinstance(x, np.generic) else x
@@ -211,12 +216,15 @@ def save(self:RestoringLearner,
 def _read_saved(path, device):
     "What `save` wrote, or fastai's own; no code in it is run"
     numpy = [np.core.multiarray.scalar, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
-    if not path.is_file(): raise InputError(f"there is no {path}: check the name, or learn.path and learn.model_dir")
+    if not path.is_file():
+        raise InputError(f"there is no {path}: check the name, or learn.path and learn.model_dir")
     with torch.serialization.safe_globals([L, *numpy]):
         try: state = torch.load(path, map_location=device, weights_only=True)
         except Exception as e: # of many kinds: damaged archives, pickles, code
-            raise InputError(f"{path} cannot be read ({' '.join(str(e).split())[:100]}): save it again") from e
-    if not isinstance(state, dict): raise InputError(f"{path} holds no weights: give a file that learn.save wrote")
+            said = " ".join(str(e).split())[:100]
+            raise InputError(f"{path} cannot be read ({said}): save it again") from e
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds no weights: give a file that learn.save wrote")
     if "model" in state and set(state) <= {"model", "opt", "callbacks"}: return state
     return dict(model=state) # weights alone
 
@@ -235,8 +243,9 @@ def load(self:RestoringLearner,
     have, want = ({k: tuple(v.shape) for k, v in d.items()} for d in (state["model"], net.state_dict()))
     other = [k for k in {**have, **want} if have.get(k) != want.get(k)]
     if strict and other:
-        raise InputError(f"{path} is of another network, it differs in {', '.join(other[:3])}"
-                         f"{' and more' * (len(other) > 3)}: build the network with the options of that training")
+        more = " and more" if len(other) > 3 else ""
+        raise InputError(f"{path} is of another network, it differs in {', '.join(other[:3])}{more}: "
+                         "build the network with the options of that training")
     net.load_state_dict({k: v for k, v in state["model"].items() if strict or k not in other}, strict=strict)
     if self.opt is None: self.create_opt()
     if with_opt: _load_opt(self.opt, state.get("opt"))

@@ -35,7 +35,7 @@ def set_rng_state(state:dict):
 
 # %% ../nbs/13c_resume.ipynb #9724b415
 class CheckpointCallback(Callback):
-    "Write the state of a training as it goes, and resume from the last one; raises `InputError` for another training's"
+    "Write the state of a training as it goes, and resume from the last one; raises `InputError` for another's"
     order, _only_train_loop = 50, True # when everything that has a state is in place
     complete = False # whether the training of these states has come to its end
     def __init__(self,
@@ -55,17 +55,19 @@ class CheckpointCallback(Callback):
     def before_fit(self):
         self.at, self.rng, self.stepped, self.saved = None, None, False, 0
         if self.complete:
-            raise InputError(f"the training of the states in {self.folder} is complete: for another one remove the "
-                             "callback with learn.remove_cb(CheckpointCallback), or give it another folder")
+            raise InputError(f"the training of the states in {self.folder} is complete: for another one remove "
+                             "the callback with learn.remove_cb(CheckpointCallback), or give it another folder")
         if not self.resume and not ranks()[0]:
             for f in self.files: f.unlink()
-        with together(): found = self.latest() if self.resume and not ranks()[0] else None # the first process reads for all
+        with together(): # the first process reads for all
+            found = self.latest() if self.resume and not ranks()[0] else None
         s = everyone(found and {k: v for k, v in found.items() if k != "learner"})[0]
         if s is None: return
         other = [f"{k} {v} and not {self.plan()[k]}" for k, v in s["plan"].items() if self.plan()[k] != v]
         with together():
-            if other: raise InputError(f"the state in {self.folder} is of a training with {', '.join(other)}: "
-                                       "use another folder, or start over with resume=False")
+            if other:
+                raise InputError(f"the state in {self.folder} is of a training with {', '.join(other)}: "
+                                 "use another folder, or start over with resume=False")
         self.go_on(s, found and found["learner"])
     def go_on(self, s, weights):
         load_full_state(self.learn, weights)
@@ -105,7 +107,8 @@ class CheckpointCallback(Callback):
 @patch
 def save(self:CheckpointCallback, epoch:int, batch:int):
     "Write the state after so many batches of an epoch; every process has to call it"
-    at = dict(epoch=epoch, batch=batch, train_iter=self.train_iter, pct_train=self.pct_train, order=self.dls.train.epoch)
+    at = dict(epoch=epoch, batch=batch, train_iter=self.train_iter, pct_train=self.pct_train,
+              order=self.dls.train.epoch)
     scaler = self.precision.scaler.state_dict() if self.learn._grab_cbs(PrecisionCallback) else {}
     state = dict(format=1, learner=full_state(self.learn), scaler=scaler, rng=rng_state(), plan=self.plan(),
                  record=self.record, at=at)
@@ -124,7 +127,8 @@ def _read_state(file):
     "The state in a file; raises an error of some kind where there is none"
     with zipfile.ZipFile(file) as z:
         if z.testzip(): raise ValueError("it does not match its checksums")
-    s, parts = torch.load(file, map_location="cpu", weights_only=True), {"learner", "scaler", "rng", "plan", "record", "at"}
+    s = torch.load(file, map_location="cpu", weights_only=True)
+    parts = {"learner", "scaler", "rng", "plan", "record", "at"}
     if isinstance(s, dict) and parts <= set(s) and isinstance(s["plan"], dict): return s
     raise ValueError("it is no state of a training")
 
@@ -137,4 +141,5 @@ def latest(self:CheckpointCallback) -> dict|None:
             said = " ".join(str(e).split())[:100]
             warnings.warn(f"{f} cannot be read ({said}): the state before it is taken")
     if self.files:
-        raise InputError(f"no state in {self.folder} can be read: restore one, or start over with resume=False")
+        raise InputError(f"no state in {self.folder} can be read: restore one, "
+                         "or start over with resume=False")
