@@ -9,7 +9,7 @@ from fastai.callback.core import Callback
 from blip3o_nb.core import seed_everything
 from blip3o_nb.dit import forward_flops
 from blip3o_nb.losses import BLIP3oFlowMatchingLoss
-from blip3o_nb.optimisation import fast_dtype
+from blip3o_nb.optimisation import has_bf16
 from blip3o_nb.paths import LinearPath
 from blip3o_nb.recipes import make_config
 from blip3o_nb.shards import ShardWriter
@@ -80,7 +80,7 @@ def main(quick=False):
     with ShardWriter(folder, {"clip": {"model": "noise"}, "eva": {"model": "noise"}}) as w:
         w.add_batch([f"{i:05}" for i in range(n)], torch.randn(n, tokens, clip), torch.randn(n, tokens, eva), [""]*n, [""]*n)
     results = dict(batch=bs, turns=turns, monitored_every=every)
-    for precision in ("fp32", "bf16") if fast_dtype(DEVICE) == torch.bfloat16 else ("fp32",):
+    for precision in ("fp32", "bf16") if has_bf16(DEVICE) else ("fp32",):
         pairs, flops, probe_every = steps(folder, precision, bs, turns, **(dict(model_size="nano") if quick else {}))
         theirs, t = [b for rows in pairs.values() for *_, b in rows], lambda kind, f: median([f(*row) for row in pairs[kind]])
         def mean(f): # of all steps, by how often each kind comes

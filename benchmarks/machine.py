@@ -1,7 +1,7 @@
 "What every part of the benchmark shares: the device, a clock, turns in which the ways take their measurements, and what this machine can do at best."
 import json, os, platform, statistics, sys, time
 import torch, torch.nn.functional as F
-from blip3o_nb.optimisation import fast_dtype
+from blip3o_nb.optimisation import has_bf16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
@@ -44,7 +44,7 @@ def copy(nbytes=2**28):
 def about():
     cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.machine()) if sys.platform == "linux" else platform.machine()
     return dict(device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
-                python=platform.python_version(), bf16_in_hardware=fast_dtype(DEVICE) == torch.bfloat16)
+                python=platform.python_version(), bf16_in_hardware=has_bf16(DEVICE))
 
 def ceilings(n=9):
     "What this machine can do: operations a second of a matrix product in each dtype, bytes a second of a copy"

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from blip3o_nb.inference import Pipeline
 from blip3o_nb.metrics import patch_cosine
-from blip3o_nb.optimisation import fast_dtype
+from blip3o_nb.optimisation import has_bf16
 from blip3o_nb.times import shift_times
 from blip3o_nb.samplers import sample
 from blip3o_nb.shards import FeatureDataset
@@ -41,7 +41,7 @@ def evaluations(preset, bs, rounds, s=None):
     "Seconds of one evaluation, by four of each sampler: with the conditioning's part computed once and anew, and of the peers; and of four Euler steps as a user calls them"
     s = s or sizes(preset); x, _, cond = batch(s, bs)
     nets = {n: build(n, s).eval() for n in NETWORKS}
-    ours, half = nets["blip3o_nb"], fast_dtype(DEVICE) == torch.bfloat16
+    ours, half = nets["blip3o_nb"], has_bf16(DEVICE)
     def auto(on): return torch.autocast(DEVICE, torch.bfloat16) if on else nullcontext()
     def plain(net): # no cache: what `cond_cache` computes is computed again at each evaluation
         return lambda x, t, c: net(x, t, c)

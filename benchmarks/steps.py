@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch, torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from blip3o_nb.dit import PRESETS, BLIP3oDiT, BLIP3oDiTConfig, forward_flops
-from blip3o_nb.optimisation import fast_dtype
+from blip3o_nb.optimisation import has_bf16
 from machine import DEVICE, DTYPES, in_child, median, now, product, spread, turns
 from peers import Lineage, Lumina
 
@@ -125,7 +125,7 @@ def cost(rounds, preset="small", quick=False):
 
 def main(quick=False):
     torch.manual_seed(0)
-    dtypes = tuple(DTYPES) if fast_dtype(DEVICE) == torch.bfloat16 else ("fp32",) # emulated bf16 takes minutes for the backward pass of one step
+    dtypes = tuple(DTYPES) if has_bf16(DEVICE) else ("fp32",) # emulated bf16 takes minutes for the backward pass of one step
     toy, fast = sizes("tiny", layers=2, tokens=16, target=32, cond=64), dtypes[-1]
     if quick: t, prof = {"tiny": training("tiny", 2, 1, ("fp32",), s=toy)}, profile("tiny", 2, "fp32", toy)
     elif DEVICE == "cuda": t, prof = {p: training(p, 128, 10, ("bf16",), compiled=True) for p in ("base", "large")}, profile("base", 128, "bf16")
