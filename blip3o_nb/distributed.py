@@ -166,7 +166,7 @@ class DistributedCallback(Callback):
         "The whole network that is validated, in every process; with FSDP only for as long as the block lasts"
         learn, ema = self.learn, getattr(self.learn, "ema_model", None)
         if not (self.active and self.strategy == "fsdp"):
-            yield learn.judged
+            yield learn.judged_model
             return
         part = self.mean or self.live
         whole = part.fill().eval()
@@ -206,7 +206,7 @@ class DistributedCallback(Callback):
 def whole_average(learn:Learner):
     "The averaged network, whole in every process, within a fit and outside of one; all processes enter"
     cb = next((c for c in learn.cbs if isinstance(c, DistributedCallback)), None)
-    if cb is None: yield learn.judged
+    if cb is None: yield learn.judged_model
     else:
         with cb.gathered() as m: yield m
 

@@ -124,7 +124,7 @@ def features(self:Pipeline, x, progress:bool=False) -> torch.Tensor:
 @patch(cls_method=True)
 def from_learner(cls:Pipeline, learn, **kw) -> Pipeline:
     "Of the averaged weights of a `flow_learner`; options as in `Pipeline`"
-    return cls(learn.judged, learn.dls.task, learn.flow.target_norm, learn.flow.cond_norm, learn.dls.contract,
+    return cls(learn.judged_model, learn.dls.task, learn.flow.target_norm, learn.flow.cond_norm, learn.dls.contract,
                path=learn.flow.path, objective=learn.objective, held_out=learn.dls.share, **kw)
 
 # %% ../nbs/13_inference.ipynb #be8f515d
@@ -156,7 +156,7 @@ def save_checkpoint(
     "Store the averaged weights and all that sampling needs"
     folder, path = Path(folder), path_dict(learn.flow.path)
     (folder/"flow.json").unlink(missing_ok=True)
-    learn.judged.save_pretrained(folder)
+    learn.judged_model.save_pretrained(folder)
     norms = {"target": learn.flow.target_norm, "cond": learn.flow.cond_norm}
     save_tensors(folder/"normalizers.safetensors", {f"{k}.{n}": v.cpu() for k, m in norms.items() for n, v in m.state_dict().items()})
     write_json(folder/"flow.json", dict(format=1, task=learn.dls.task.name, objective=learn.objective, path=path,

@@ -190,7 +190,7 @@ class FlowLearner(RestoringLearner):
     "A fastai `Learner` of a flow, as `flow_learner` makes it"
     objective = "flow" # or "regression"
     @property
-    def judged(self) -> torch.nn.Module:
+    def judged_model(self) -> torch.nn.Module:
         "The network that is validated, sampled and saved: the average of the weights where one is kept"
         kept = self._grab_cbs(EMACallback)
         return kept[0].averaged().module if kept else get_model(self.model)
@@ -269,7 +269,7 @@ class _Once(Learner):
 @patch
 def summary(self:FlowLearner):
     "fastai's table of the layers, with optimiser, loss and callbacks"
-    net, (cond, target) = self.judged, self.dls.train.one_batch()
+    net, (cond, target) = self.judged_model, self.dls.train.one_batch()
     x = self.flow.target_norm.to(self.dls.device).encode(target[:1])
     c = self.flow.cond_norm.to(self.dls.device).encode(cond[:1])
     once = _Once(self.dls, net, loss_func=noop, default_cbs=False)
