@@ -99,5 +99,5 @@ def check_fresh(path, fresh):
     "Assert that the stored text of the notebook `path` is that of the notebook `fresh`, a run of it just now"
     name = os.path.relpath(path, ROOT)
     stale = [f"{name}, cell {i}: {what}" for i, what in stale_cells(read_nb(path), read_nb(fresh))]
-    store = f"store the fresh text: nbdev-test --path {name} --save, then nbdev-clean"
+    store = f"store the fresh text: nbdev-test {name} --save, then nbdev-clean"
     assert not stale, "\n\n".join([*stale, store])
