@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from fastcore.nbio import read_nb
 from fresh import machine_cells
+from long import FIRST, LONG
 
 ROOT = Path(__file__).parents[1]
 signal.signal(signal.SIGINT, signal.default_int_handler) # a background shell's child ignores Ctrl-C, which is tested
@@ -91,13 +92,27 @@ class Runs:
         if server:
             server.close()
 
+def test_of(nodeid):
+    "The test without its case"
+    return nodeid.partition("[")[0]
+
 def is_notebook(item):
     return item.path.name == "test_notebooks.py"
 
-@pytest.hookimpl(trylast=True)
+def name_of(item):
+    "The file of a notebook, or the id of another test, from the root of the repository"
+    path = item.callspec.params["path"] if is_notebook(item) else None
+    return path.relative_to(ROOT).as_posix() if path else item.nodeid
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "Notebooks come last: the second that runs them starts when the other tests are done"
-    items.sort(key=is_notebook)
+    """What `long` lists gets the mark. Notebooks come last, because the second process that runs them starts when
+    the other tests are done; those that take longest are the first of them."""
+    for item in items:
+        if {name_of(item), test_of(name_of(item))} & LONG.keys():
+            item.add_marker(pytest.mark.long)
+    seconds = FIRST | LONG
+    items.sort(key=lambda item: (is_notebook(item), -seconds.get(name_of(item), 0) if is_notebook(item) else 0))
 
 @pytest.fixture(scope="session", autouse=True)
 def runs(request, tmp_path_factory):
@@ -116,9 +131,6 @@ def times(request):
     return lambda few, many: many if request.config.getoption("--faults") else few
 
 FAULTS = {} # test -> (its mark, {case: [provoked, passed]})
-
-def test_of(nodeid):
-    return nodeid.partition("[")[0]
 
 @pytest.fixture(autouse=True)
 def _fault(request):
