@@ -38,7 +38,6 @@ for line in sys.stdin:
 class Server:
     """Runs notebooks through nbdev one after the other, each in a fork of a process that has imported the large
     libraries: a notebook saves their ten seconds. What it shows is stored outside the tree."""
-    seconds = {} # of each notebook
     def __init__(self, folder, libraries=LIBRARIES):
         self.folder = folder
         command = [sys.executable, "-c", f"import {libraries}\n{SERVER}"]
@@ -46,31 +45,20 @@ class Server:
                                         stderr=subprocess.DEVNULL, text=True)
     def run(self, path):
         "Exit code, what was said, and the notebook with fresh outputs"
-        start = time.time()
         handle, said = tempfile.mkstemp(dir=self.folder)
         os.close(handle)
         fresh = Path(said + ".ipynb")
         self.process.stdin.write(f"{path}\t{said}\t{fresh}\n")
         self.process.stdin.flush()
         code = self.process.stdout.readline()
-        self.seconds[path] = time.time() - start
         return int(code or 1), Path(said).read_text(), fresh
     def close(self):
         self.process.stdin.close()
         self.process.wait()
 
-def pytest_terminal_summary(terminalreporter):
-    slow = sorted(Server.seconds, key=Server.seconds.get, reverse=True)[:20]
-    if slow:
-        times = ", ".join(f"{p.stem} {Server.seconds[p]:.0f} s" for p in slow)
-        terminalreporter.write_line(f"slowest notebooks: {times}")
-    for path in sorted(Server.seconds):
-        for i, reason in machine_cells(read_nb(path)):
-            where = f"{path.relative_to(ROOT)}, cell {i}"
-            terminalreporter.write_line(f"figures not compared: {where}: {reason}")
-
 class Runs:
     "Notebooks that run beside the other tests, which keep one core busy, and two at a time when those are done"
+    seconds = {} # of each notebook
     def __init__(self, paths, folder):
         self.todo, self.done, self.folder = list(paths)[::-1], {p: Future() for p in paths}, folder
     def start(self):
@@ -85,12 +73,24 @@ class Runs:
     def work(self):
         server = Server(self.folder) if self.todo else None
         while path := self.next():
+            start = time.time()
             try:
                 self.done[path].set_result(server.run(path))
             except Exception as e:
                 self.done[path].set_exception(e)
+            self.seconds[path] = time.time() - start
         if server:
             server.close()
+
+def pytest_terminal_summary(terminalreporter):
+    slow = sorted(Runs.seconds, key=Runs.seconds.get, reverse=True)[:20]
+    if slow:
+        times = ", ".join(f"{p.stem} {Runs.seconds[p]:.0f} s" for p in slow)
+        terminalreporter.write_line(f"slowest notebooks: {times}")
+    for path in sorted(Runs.seconds):
+        for i, reason in machine_cells(read_nb(path)):
+            where = f"{path.relative_to(ROOT)}, cell {i}"
+            terminalreporter.write_line(f"figures not compared: {where}: {reason}")
 
 def test_of(nodeid):
     "The test without its case"

@@ -19,6 +19,7 @@ MASKS = [ # (what, pattern), in this order
     ("date and time", r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?)?(?:Z|[+-]\d\d:\d\d)?"),
     ("time of day or duration", r"\b\d+:\d\d(?::\d\d)?\b"),
     ("version of a package", r"\b\d+\.\d+\.\d+(?:[.+]\w+)*"),
+    ("free space", r"(?<=free )\d[\d.,]*\s?[kMGT]?B\b"),
     ("rate", rf"{BEGINS}{NUMBER}\s?(?:\w+|[A-Z]+B)/(?:{UNITS})\b"),
     ("time", rf"{BEGINS}{NUMBER}\s?(?:{UNITS})\b"),
 ]

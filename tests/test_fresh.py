@@ -18,6 +18,7 @@ SAME = {
     "address": ("<A object at 0x7f00aa00>", "<A object>"),
     "date": ("on 2026-01-02 at 10:11:12", "on 2027-12-31 at 23:59:01"),
     "version": ("torch 2.15.0+cu130", "torch 2.16.1"),
+    "free space": ("to download 5.05MB; free 67.6GB", "to download 5.05MB; free 9.1GB"),
     "last digit": ("loss 0.123", "loss 0.124"),
     "two per cent": ("loss 104.2", "loss 102.9"),
     "share": ("28 % of them", "29 % of them"),
