@@ -16,7 +16,9 @@ LONG = {
     "nbs/tutorials/linear_or_slerp.ipynb": 17,
     "nbs/tutorials/overfit_test.ipynb": 32,
     "nbs/tutorials/seed_commands.ipynb": 25,
+    "nbs/tutorials/real_encoders.ipynb": 8,
     "nbs/tutorials/write_your_own.ipynb": 14,
+    "nbs/tutorials/your_images.ipynb": 9,
 }
 FIRST = { # other notebooks that take long: they are started first, so that none is left alone at the end
     "nbs/03_encoders.ipynb": 18, "nbs/04_extract.ipynb": 20, "nbs/07_dit.ipynb": 29, "nbs/09_samplers.ipynb": 14,
