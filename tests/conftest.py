@@ -1,5 +1,5 @@
-"""Notebooks are started with the first test, so that both cores have work; faults are counted, for the table of the
-documentation."""
+"""Notebooks are started with the first test, so that both cores have work. Faults are counted, for a table
+of the documentation."""
 import json, os, platform, signal, subprocess, sys, tempfile, threading, time
 from concurrent.futures import Future
 from pathlib import Path
@@ -9,7 +9,8 @@ from fresh import machine_cells
 from long import FIRST, LONG
 
 ROOT = Path(__file__).parents[1]
-signal.signal(signal.SIGINT, signal.default_int_handler) # a background shell's child ignores Ctrl-C, which is tested
+# What a shell starts in the background ignores Ctrl-C, which is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two processes at a time: more threads than cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count()//2)))
 
@@ -36,8 +37,8 @@ for line in sys.stdin:
 """
 
 class Server:
-    """Runs notebooks through nbdev one after the other, each in a fork of a process that has imported the large
-    libraries: a notebook saves their ten seconds. What it shows is stored outside the tree."""
+    """Runs notebooks through nbdev one after the other, each in a fork of a process that has imported the
+    large libraries, which saves a notebook ten seconds. What it shows is stored outside the tree."""
     def __init__(self, folder, libraries=LIBRARIES):
         self.folder = folder
         command = [sys.executable, "-c", f"import {libraries}\n{SERVER}"]
@@ -57,7 +58,7 @@ class Server:
         self.process.wait()
 
 class Runs:
-    "Notebooks that run beside the other tests, which keep one core busy, and two at a time when those are done"
+    "Notebooks run beside the other tests, which keep one core busy, and two at a time when those are done"
     seconds = {} # of each notebook
     def __init__(self, paths, folder):
         self.todo, self.done, self.folder = list(paths)[::-1], {p: Future() for p in paths}, folder
@@ -106,13 +107,15 @@ def name_of(item):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What `long` lists gets the mark. Notebooks come last, because the second process that runs them starts when
-    the other tests are done; those that take longest are the first of them."""
+    """What `long` lists gets the mark. Notebooks come last, because the second process that runs them starts
+    when the other tests are done; those that take longest are the first of them."""
     for item in items:
         if {name_of(item), test_of(name_of(item))} & LONG.keys():
             item.add_marker(pytest.mark.long)
     seconds = FIRST | LONG
-    items.sort(key=lambda item: (is_notebook(item), -seconds.get(name_of(item), 0) if is_notebook(item) else 0))
+    def place(item):
+        return (1, -seconds.get(name_of(item), 0)) if is_notebook(item) else (0, 0)
+    items.sort(key=place)
 
 @pytest.fixture(scope="session", autouse=True)
 def runs(request, tmp_path_factory):
@@ -122,8 +125,9 @@ def runs(request, tmp_path_factory):
     runs.todo.clear()
 
 def pytest_addoption(parser):
-    parser.addoption("--faults", metavar="FILE", help="provoke faults in their full number and write what came of "
-                     "them to FILE, in the place of what stands there of the same tests")
+    help = ("provoke faults in their full number and write what came of them to FILE, in the place of what stands "
+            "there of the same tests")
+    parser.addoption("--faults", metavar="FILE", help=help)
 
 @pytest.fixture(scope="session")
 def times(request):

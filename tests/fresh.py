@@ -1,8 +1,8 @@
 """Text that a notebook shows, compared with what a fresh run shows.
 
 Images, HTML, widgets and stderr are not compared. What belongs to one run is masked (`MASKS`), numbers may
-differ as two kinds of processor do (`same_number`), and a cell whose figures belong to the machine says so with
-`#| machine: REASON`: of such a cell the words are compared, and neither numbers nor names of dtypes."""
+differ as two kinds of processor do (`same_number`), and a cell whose figures belong to the machine says so
+with `#| machine: REASON`: of such a cell the words are compared, and neither numbers nor names of dtypes."""
 import os, re
 from pathlib import Path
 from fastcore.nbio import read_nb
