@@ -125,8 +125,8 @@ def runs(request, tmp_path_factory):
     runs.todo.clear()
 
 def pytest_addoption(parser):
-    help = ("provoke faults in their full number and write what came of them to FILE, in the place of what stands "
-            "there of the same tests")
+    help = ("provoke faults in their full number and write what came of them to FILE, in the place of what "
+            "stands there of the same tests")
     parser.addoption("--faults", metavar="FILE", help=help)
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""Every notebook runs from top to bottom through nbdev, in a process of its own: what one imports must not help
-or hurt another. The text that it shows is the text that is stored."""
+"""Every notebook runs from top to bottom through nbdev, in a process of its own: what one imports must not
+help or hurt another. The text that it shows is the text that is stored."""
 from pathlib import Path
 import pytest
 from fresh import check_fresh
