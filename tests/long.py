@@ -1,4 +1,4 @@
-"""What takes long: `make test` leaves it out, `make test-all` runs it. The figures are seconds on one core."""
+"""What takes long: `make test` leaves it out, `make test-all` runs it. Figures are seconds on one core."""
 LONG = {
     "tests/test_benchmarks.py::test_parts[networks]": 30,
     "tests/test_demo.py::test_wheel_does_the_same_in_an_empty_folder": 27,
