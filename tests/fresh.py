@@ -4,6 +4,7 @@ Images, HTML, widgets and stderr are not compared. What belongs to one run is ma
 differ as two kinds of processor do (`same_number`), and a cell whose figures belong to the machine says so
 with `#| machine: REASON`: of such a cell the words are compared, and neither numbers nor names of dtypes."""
 import os, re
+from itertools import zip_longest
 from pathlib import Path
 from fastcore.nbio import read_nb
 
@@ -57,15 +58,19 @@ def same_number(a, b):
         return True
     return abs(x - y) <= max(TOLERANCE*max(abs(x), abs(y)), 1.001*max(unit(a), unit(b)))
 
-def same_text(stored, fresh, machine=False):
-    "Do the two say the same? With `machine` the numbers and the names of dtypes do not count"
+def difference(stored, fresh, machine=False):
+    "The first words or numbers that differ; with `machine` numbers and the names of dtypes do not count"
     a, b = pieces(masked(stored)), pieces(masked(fresh))
     if machine:
         a, b = ([re.sub(DTYPES, "<dtype>", w) for w in x[::2]] for x in (a, b))
-        return a == b
-    if len(a) != len(b):
-        return False
-    return a[::2] == b[::2] and all(map(same_number, a[1::2], b[1::2]))
+    for i, (x, y) in enumerate(zip_longest(a, b, fillvalue="")):
+        is_number = i % 2 and x and y and not machine
+        if not (same_number(x, y) if is_number else x == y):
+            return x, y
+
+def same_text(stored, fresh, machine=False):
+    "Do the two say the same?"
+    return difference(stored, fresh, machine) is None
 
 def texts(cell):
     "`(kind, text)` of each text output of a cell; what it prints to stdout is one"
@@ -85,8 +90,9 @@ def stale_cells(stored, fresh):
     for i, (old, new) in enumerate(zip(stored.cells, fresh.cells, strict=True)):
         machine, was, now = old.directive("machine") is not None, texts(old), texts(new)
         for (kind, a), (other, b) in zip(was, now):
-            if kind != other or not same_text(a, b, machine):
-                yield i, f"stored {kind}:\n{a}\nfresh {other}:\n{b}"
+            first = difference(a, b, machine)
+            if kind != other or first:
+                yield i, f"stored {kind}:\n{a}\nfresh {other}:\n{b}\nfirst difference: {first}"
         for kind, text in was[len(now):]:
             yield i, f"stored {kind}, and nothing in a fresh run:\n{text}"
         for kind, text in now[len(was):]:

@@ -2,7 +2,7 @@
 import pytest
 from fastcore.nbio import mk_cell, mk_display, mk_result, mk_stream, new_nb, write_nb
 from conftest import Server
-from fresh import check_fresh, same_text, stale_cells
+from fresh import check_fresh, difference, same_text, stale_cells
 
 def notebook(*outputs, source="show()"):
     return new_nb([mk_cell(source, outputs=list(outputs))])
@@ -45,6 +45,10 @@ def test_same(a, b):
 @pytest.mark.parametrize("a, b", UNLIKE.values(), ids=UNLIKE)
 def test_unlike(a, b):
     assert not same_text(a, b) and not same_text(b, a)
+
+def test_the_first_difference_is_told():
+    assert difference("loss 0.5 after 3 steps", "loss 0.7 after 4 steps") == ("0.5", "0.7")
+    assert difference("one [1, 2]", "one [1]") == (",", "]")
 
 def test_outputs_are_compared_one_by_one():
     a, b = mk_stream("stdout", "one\n"), mk_result(text_plain="2", text_markdown="**2**")
