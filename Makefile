@@ -5,7 +5,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test faults lab docs bench bench-gpu lock clean
+.PHONY: demo test test-all faults lab docs bench bench-gpu lock clean
 
 $(STAMP): requirements.lock settings.ini pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -17,8 +17,11 @@ $(STAMP): requirements.lock settings.ini pyproject.toml setup.py
 demo: $(STAMP)       ## images to report, offline, in runs/demo
 	$(VENV)/bin/blip3o_demo
 
-test: $(STAMP)       ## notebooks, modules, commands
+test: $(STAMP)       ## notebooks, modules, commands; without what tests/long.py lists
 	$(PY) -m pytest $(TESTS)
+
+test-all: $(STAMP)   ## the same with what takes long
+	$(PY) -m pytest -m "not slow" $(TESTS)
 
 faults: $(STAMP)     ## every fault in its full number; the table of nbs/reliability.ipynb is made of it
 	$(PY) -m pytest $(or $(TESTS),tests) -m fault --faults nbs/faults.json

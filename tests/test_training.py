@@ -74,7 +74,9 @@ def test_bf16_ends_at_the_same_loss(features, tmp_path):
     end = {p: train(make_config(embeddings_dir=str(features), output_dir=str(tmp_path/p), precision=p, device="cpu", **SMALL), progress=False).record["valid_loss"][-1] for p in ("fp32", "bf16")}
     assert abs(end["bf16"]/end["fp32"] - 1) < .02, end
 
-@pytest.mark.skipif(not has_bf16("cpu"), reason="this processor has no instructions for bf16, which is emulated and slower here")
+@pytest.mark.slow # what it compares is seconds: it needs the machine for itself
+@pytest.mark.skipif(not has_bf16("cpu"),
+                    reason="this processor has no instructions for bf16, which is emulated and slower here")
 def test_bf16_is_faster():
     from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
     model, x, cond = BLIP3oDiT(BLIP3oDiTConfig.from_preset("small")), torch.randn(4, 257, 1024), torch.randn(4, 257, 4096)

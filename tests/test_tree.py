@@ -3,6 +3,7 @@ import os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from conftest import LIBRARIES
+from long import FIRST, LONG
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(p.stem for p in (ROOT/"blip3o_nb").glob("*.py") if not p.stem.startswith("_"))
@@ -44,6 +45,13 @@ def test_each_module_imports_alone(tmp_path, record_property):
     assert r.stdout == "done\n", r.stdout + r.stderr
     assert not contacted.exists(), contacted.read_text()
     record_property("provoked", len(MODULES))
+
+def test_what_takes_long_exists():
+    "Of a test that was renamed, `long` would mark nothing"
+    for name in (*LONG, *FIRST):
+        file, _, test = name.partition("::")
+        assert (ROOT/file).exists(), file
+        assert not test or f"def {test.partition('[')[0]}(" in (ROOT/file).read_text(), name
 
 SITE = f"""
 import os, sys, warnings
