@@ -179,7 +179,9 @@ def blip3o_train(
     learn = train(config)
     if ranks()[0]: return
     r, out = learn.record, Path(config.output_dir)
-    if r.get("gen_step"): print(f"{learn.generation.judged} held-out pictures, generated: cosine {r['gen_cosine'][-1]:.3f}, centred on the training mean {r['gen_centred'][-1]:.3f}")
+    if r.get("gen_step"):
+        print(f"{learn.result['pictures']} held-out images, generated: cosine {r['gen_cosine'][-1]:.3f}, "
+              f"centred on the training mean {r['gen_centred'][-1]:.3f}")
     print(f"The trained flow is {out}, its configuration {out/'config.toml'}, its result {out/'result.json'}.")
 
 # %% ../nbs/16_cli.ipynb #47ae0a41

@@ -1,4 +1,4 @@
-"""Kill a training at any moment, start the same command again, and get the weights of the run that was never killed, bit for bit.
+"""Kill a training at any moment, start the same command again, and get the weights of the run that was never killed: bit for bit on the same kind of machine, with as many processes.
 
 Docs: https://blip3o-nb.github.io/blip3o_nb/resume.html.md"""
 

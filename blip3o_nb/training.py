@@ -152,7 +152,7 @@ def train(
     progress:bool=True,
     cbs=(),             # more callbacks
     **about             # facts to be kept in the checkpoint
-): # the `Learner`
+): # the `Learner`, which can be trained on; its `result` is that of result.json
     "Train from a configuration into its `output_dir`: weights, states, the best weights, `config.toml` and `result.json`; go on where there is a state; raises `InputError` before anything is written where it can"
     out = Path(config.output_dir)
     epochs, start = min(config.num_epochs, 2) if config.debug_mode else config.num_epochs, time.time()
@@ -165,12 +165,12 @@ def train(
             if not ranks()[0]:
                 with atomic_path(out/"config.toml") as tmp: tmp.write_text(config_text(replace(config, fresh=False)), encoding="utf-8")
         fit(learn, config, epochs)
-        result = summary(learn, config)
+        learn.result = result = summary(learn, config)
         if not ranks()[0]:
             facts = dict(size=config.model_size, prediction_type=config.prediction_type, bs=config.batch_size, epochs=epochs, lr=learn.lr, cls_weight=config.cls_weight, seed=config.seed)
             save_checkpoint(learn, out, **facts, **about, steps_trained=learn.train_iter, seconds=round(time.time() - start), record=thin(learn.record))
             write_json(out/"result.json", result)
-    return learn.remove_cbs([CheckpointCallback, GenerationCallback, TrackerCallback]) # which belong to this run
+    return learn.remove_cbs([CheckpointCallback, GenerationCallback, TrackerCallback]) # they are of this run
 
 def summary(learn, config:TrainingConfig) -> dict:
     "What a training came to"
