@@ -51,15 +51,15 @@ def their_model(self:Convention,
     path=LinearPath(),       # the path it was trained on
     prediction_type:str=None # what it answers; default: `model.config.prediction_type`, else "velocity"
 ):
-    "Our model as `f(x, t, cond)` that answers with their velocity; `t` in their count: a number, a scalar or `[B]`"
+    "Our model as `f(x, t, cond)`, answering with their velocity; `t` in their count, a number or `[B]`"
     model = bare(model)
     field = VelocityField(model, None, path, prediction_of(model, prediction_type))
     def theirs(x, t, cond=None):
         s = torch.as_tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         t = self.our_time(s).expand(len(x))
         if (t - .5).abs().max() > FAR:
-            raise InputError(f"time {s.max():g} is out of range: noise is at {self.noise:g} and "
-                             f"data at {self.data:g} in this convention")
+            raise InputError(f"time {s.max():g} is out of range: noise is at {self.noise:g} and data at "
+                             f"{self.data:g} in this convention")
         with evaluating(model): v = field.velocity(x, off_singular(t, field.singular), cond)
         return self.velocity(v).to(x.dtype)
     return theirs

@@ -54,10 +54,12 @@ def _pickles(src):
     if not src.is_dir(): return [src]
     files = sorted(src.glob("embeddings_shard_*.pkl")) or sorted(src.glob("*.pkl"))
     about = read_json(src/_MANIFEST) if (src/_MANIFEST).exists() else {}
-    said, failed = (about.get(k) if isinstance(about, dict) else None for k in ("total_shards", "failed_shards"))
-    if files and type(said) is int and len(files) not in (said, said - len(failed or ())):
-        raise InputError(f"{src} holds {len(files)} pickles and its {_MANIFEST} counts {said}: copy what is missing or take "
-                         "out what is too much, or delete the manifest if these are meant")
+    about = about if isinstance(about, dict) else {}
+    said, failed = about.get("total_shards"), about.get("failed_shards")
+    failed = len(failed) if isinstance(failed, list) else 0
+    if files and type(said) is int and len(files) not in (said, said - failed):
+        raise InputError(f"{src} holds {len(files)} pickles and its {_MANIFEST} counts {said}: copy what is "
+                         "missing or take out what is too much, or delete the manifest if these are meant")
     if not files: raise InputError(f"{src} holds no pickles: check the path (embeddings_shard_*.pkl or another *.pkl)")
     if len(modes := {str(_mode(f)) for f in files}) > 1:
         raise InputError(f"{src} holds pickles of several modes, {' and '.join(sorted(modes))}: convert one file at a time, or give each mode a folder")
@@ -87,7 +89,7 @@ def _sample(path):
 
 def _is_done(done, f, row, options):
     "Whether a log says that this very pickle was converted in this very way, and the set has its samples"
-    fields = dict(bytes=int, samples=int, last=str, content=str, options=list) # earlier versions kept the first three
+    fields = dict(samples=int, last=str, content=str, options=list) # earlier versions kept the first two
     if not (isinstance(done, dict) and all(type(done.get(k)) is t for k, t in fields.items())): return False
     return done["options"] == options and done["last"] in row and f.exists() and done["content"] == _sample(f)
 
@@ -99,13 +101,15 @@ def _unseen(s, f, layout, have, row):
         old = [i for i, k in enumerate(x["keys"]) if k in row]
         for i in old:
             if have.captions[row[x["keys"][i]]] != x["captions"][i]:
-                raise InputError(f"the key '{shown(x['keys'][i])}' of {f} is in {have.folder} already, with another caption: "
-                                 "give each picture a key of its own, or choose another folder")
+                raise InputError(f"the key '{shown(x['keys'][i])}' of {f} is in {have.folder} already, with "
+                                 "another caption: give each picture a key of its own, or choose another "
+                                 "folder")
         for n in ("clip", "eva") if old else ():
             for i, a in zip(old, have.rows(n, torch.tensor([row[x["keys"][i]] for i in old]))):
                 if a.shape != x[n][i].shape or (a - x[n][i].float()).norm() > .05*a.norm():
-                    raise InputError(f"the key '{shown(x['keys'][i])}' of {f} is in {have.folder} already, with other features: "
-                                     "give each picture a key of its own, or choose another folder")
+                    raise InputError(f"the key '{shown(x['keys'][i])}' of {f} is in {have.folder} already, "
+                                     "with other features: give each picture a key of its own, or choose "
+                                     "another folder")
         for i, k in enumerate(x["keys"]):
             if k not in row: yield [k], x["clip"][i:i+1], x["eva"][i:i+1], [x["captions"][i]], [""]
 
@@ -129,14 +133,14 @@ def _to_shards(src, dst, dtype, shard_size, contract, layout):
                     row = {k: i for i, k in enumerate(have.keys)}
             _same_kind(c, about, f, first)
             if twice := next((k for k in s["keys"] if k in source), None):
-                raise InputError(f"the key '{shown(twice)}' is in {source[twice]} and in {f}: give each picture a key of its "
-                                 "own, or convert into two folders")
+                raise InputError(f"the key '{shown(twice)}' is in {source[twice]} and in {f}: give each "
+                                 "picture a key of its own, or convert into two folders")
             source.update(dict.fromkeys(s["keys"], f))
             before, n = new, len(s["keys"])
             for sample in _unseen(s, f, layout, have, row):
                 w.add_batch(*sample)
                 new += 1
-            log[f.name] = dict(bytes=os.path.getsize(f), samples=n, last=s["keys"][-1], content=_sample(f), options=options)
+            log[f.name] = dict(samples=n, last=s["keys"][-1], content=_sample(f), options=options)
             skipped += n - (new - before)
             s = sample = None # before the next file is read
             with _writing(dst/_LOG): write_json(dst/_LOG, log)
@@ -147,8 +151,8 @@ def _same_kind(c, about, f, first):
     for n in ("clip", "eva"):
         for k in c[n]:
             if c[n][k] != about[n].get(k):
-                raise InputError(f"{f} has {n} features with {k} = {shown(c[n][k])}, {first} with {shown(about[n].get(k))}: "
-                                 "convert them into folders of their own")
+                raise InputError(f"{f} has {n} features with {k} = {shown(c[n][k])}, {first} with "
+                                 f"{shown(about[n].get(k))}: convert them into folders of their own")
 
 # %% ../nbs/02e_convert.ipynb #1e85dd2f
 def _seed_dict(ds, idxs, i, layout, dtype):
@@ -170,7 +174,8 @@ def _dump(data, path):
 def _same_pickle(f, want):
     "Raise `InputError` where a pickle holds other features or captions than those"
     have = read_pickle_shard(f)
-    if have["captions"] != want["captions"] or any(not have[n].equal(want[f"{n}_blip3o_embeddings"]) for n in ("clip", "eva")):
+    same = [have[n].equal(want[f"{n}_blip3o_embeddings"]) for n in ("clip", "eva")]
+    if have["captions"] != want["captions"] or not all(same):
         raise InputError(f"{f} holds other features under the same keys: choose another folder")
 
 def _to_pickles(src, dst, dtype, shard_size, contract, layout):
@@ -178,14 +183,16 @@ def _to_pickles(src, dst, dtype, shard_size, contract, layout):
     parts = torch.arange(len(ds)).split(shard_size)
     first = _seed_dict(ds, parts[0][:1], 0, layout, dtype)["config"]
     sums = sha256("".join(s["sha256"] for s in ds.manifest["shards"]).encode()).hexdigest()
-    asked = dict(keys=sha256("\n".join(ds.keys).encode()).hexdigest(), features=sums, dtype=dtype, shard_size=shard_size, **first)
+    keys = sha256("\n".join(ds.keys).encode()).hexdigest()
+    asked = dict(keys=keys, features=sums, dtype=dtype, shard_size=shard_size, **first)
     if any(dst.glob("embeddings_shard_*.pkl")) and not (dst/_LOG).exists():
         raise InputError(f"{dst} holds pickles of other origin: choose an empty folder")
     have = _log_of(dst) or asked
     earlier = "features" not in have # a version that did not note of which features they are
-    if diff := next((k for k in asked if have.get(k) != asked[k] and not (earlier and k == "features")), None):
-        raise InputError(f"{dst} holds pickles with {diff} = {shown(have.get(diff))}, not {shown(asked[diff])}: "
-                         "choose another folder, or the same settings")
+    compared = [k for k in asked if k != "features" or not earlier]
+    if diff := next((k for k in compared if have.get(k) != asked[k]), None):
+        raise InputError(f"{dst} holds pickles with {diff} = {shown(have.get(diff))}, not "
+                         f"{shown(asked[diff])}: choose another folder, or the same settings")
     if not earlier:
         with _writing(dst/_LOG): write_json(dst/_LOG, asked)
     for i, idxs in enumerate(parts):

@@ -54,7 +54,7 @@ TASKS = {t.name: t for t in [
     Task("clip_denoising", "clip", "eva", path="slerp", target_norm="l2"),
 ]}
 
-SHIPPED = MappingProxyType(dict(TASKS)) # what these names mean everywhere: a checkpoint keeps any other task whole
+SHIPPED = MappingProxyType(dict(TASKS)) # what these names mean everywhere; a checkpoint holds others whole
 
 def get_task(
     name:str|Task # name of a task, or a task of your own, which is returned as it is
@@ -68,8 +68,8 @@ def get_task(
             raise InputError(f"task '{task.name}' speaks of a feature {column!r}: choose clip or eva")
     own = SHIPPED.get(task.name, task)
     if (own.target, own.cond, own.note) != (task.target, task.cond, task.note):
-        raise InputError(f"the name '{own.name}' stands for {own.target} from {own.cond} everywhere: "
-                         "give a task of your own another name")
+        raise InputError(f"the name '{own.name}' stands for {own.target} from {own.cond} everywhere: give a "
+                         "task of your own another name")
     return task
 
 # %% ../nbs/00_core.ipynb #26fa9396

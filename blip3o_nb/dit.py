@@ -19,7 +19,8 @@ import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
 from safetensors import SafetensorError, safe_open
-from .core import InputError, Config, SHIPPED, TASKS, Task, get_task, layout_of, load_tensors, os_error, read_json, save_tensors, write_json
+from .core import (SHIPPED, TASKS, Config, InputError, Task, get_task, layout_of, load_tensors,
+                            os_error, read_json, save_tensors, write_json)
 from .rope import axis_channels, grid_positions, rope_table
 from .attention import Attention, RMSNorm
 
@@ -99,7 +100,7 @@ def check_types(
 def network_task(
     task:str|Task # a task of your own, or the name of one
 ) -> str:
-    "The name of a shipped task with the same two features: a network knows no more of its task, and is read everywhere"
+    "The name of a shipped task with the same two features, which is all that a network knows of its task"
     task = get_task(task)
     same = [n for n, t in SHIPPED.items() if (t.target, t.cond) == (task.target, task.cond)]
     if task.name in SHIPPED or not same: return task.name

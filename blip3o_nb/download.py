@@ -117,10 +117,12 @@ def _record(out, path, sha): # append to the list of complete files
 def _untouched(out, path, times): # since it was listed
     s, known = (out/path).stat(), times.get(path)
     if known is not None: return known == str(s.st_mtime_ns)
-    return max(s.st_mtime_ns, s.st_ctime_ns) <= (out/".download/SHA256SUMS").stat().st_mtime_ns # of an earlier version
+    sums = (out/".download/SHA256SUMS").stat() # of an earlier version, which kept no times
+    return max(s.st_mtime_ns, s.st_ctime_ns) <= sums.st_mtime_ns
 
 def _present(out, files): # the paths of those that are there already
-    listed, times, there = _list(out, "SHA256SUMS"), _list(out, "TIMES"), [f for f in files if (out/f[0]).exists()]
+    listed, times = _list(out, "SHA256SUMS"), _list(out, "TIMES")
+    there = [f for f in files if (out/f[0]).exists()]
     for p, size, sha in there:
         same = (out/p).stat().st_size == size
         if same and not (p in listed and _untouched(out, p, times)):
@@ -130,8 +132,8 @@ def _present(out, files): # the paths of those that are there already
             elif same: _record(out, p, got)
         elif same: same = sha in (None, listed[p])
         if not same:
-            raise InputError(f"{out/p} is there and is not the file of this name in the repository: "
-                             "delete it, or use another --out")
+            raise InputError(f"{out/p} is there and is not the file of this name in the repository: delete "
+                             "it, or use another --out")
     return {p for p, *_ in there}
 
 # %% ../nbs/04c_download.ipynb #27ed9d55

@@ -100,14 +100,15 @@ def text_side(
 def labels_of(
     data:FeatureDataset,
     classes:dict # key -> name of the image's class
-) -> tuple: # names of the classes, and for each image the position of its own among them `[n]`; -1 where it has none
+) -> tuple: # names of the classes, and the position of each image's own among them `[n]`, -1 for none
     "The classes of these images; raises `InputError` where the table has none of them"
     names = sorted(set(classes.values()))
     at = {name: i for i, name in enumerate(names)}
     labels = torch.tensor([at[classes[k]] if k in classes else -1 for k in data.keys])
     if (labels < 0).all():
-        raise InputError(f"no image of {data.folder} that is judged has a class: the table of classes names other keys, "
-                         f"such as '{next(iter(classes))}' where the features have '{data.keys[0]}'")
+        raise InputError(f"no image of {data.folder} that is judged has a class: the table of classes names "
+                         f"other keys, such as '{next(iter(classes))}' where the features have "
+                         f"'{data.keys[0]}'")
     return names, labels
 
 SET_SIZE = 2000 # images that measures of sets look at: all pairs of them are compared
@@ -260,13 +261,15 @@ def load_all(
     def said(p): return f"'{p.task.name}' ({p.task.target} from {p.task.cond})"
     for f, p in zip(folders, pipes):
         if p.task != pipes[0].task:
-            raise InputError(f"{folders[0]} was trained for task {said(pipes[0])}, {f} for {said(p)}: evaluate them apart")
-        if (p.target_norm.mode == "l2") != (pipes[0].target_norm.mode == "l2"):
-            raise InputError(f"of {folders[0]} and {f} one generates directions and the other tokens with their norm: "
+            raise InputError(f"{folders[0]} was trained for task {said(pipes[0])}, {f} for {said(p)}: "
                              "evaluate them apart")
+        if (p.target_norm.mode == "l2") != (pipes[0].target_norm.mode == "l2"):
+            raise InputError(f"of {folders[0]} and {f} one generates directions and the other tokens with "
+                             "their norm: evaluate them apart")
     if isinstance(checkpoints, dict): return dict(zip(checkpoints, pipes))
     paths = [path_dict(p.path)["name"] for p in pipes]
-    kinds = [f"{n} flow" if p.objective == "flow" and n != p.task.path else p.objective for n, p in zip(paths, pipes)]
+    other = [p.objective == "flow" and n != p.task.path for n, p in zip(paths, pipes)]
+    kinds = [f"{n} flow" if o else p.objective for n, o, p in zip(paths, other, pipes)]
     names = [kinds, [Path(f).name for f in folders], [str(f) for f in folders]]
     return {next((n[i] for n in names if n.count(n[i]) == 1), f"{folders[i]} ({i+1})"): p for i, p in enumerate(pipes)}
 
@@ -288,7 +291,8 @@ def methods_of(
         k = k if pipe.objective == "flow" else 1
         return torch.stack([pipe(cond, seed=seed + j, first=int(idxs[0]), **kw) for j in range(k)]).squeeze(0)
     def add(name, role, f):
-        if name in methods or name == "steps": raise InputError(f"a report has a row '{name}' of its own: choose another name")
+        if name in methods or name == "steps":
+            raise InputError(f"a report has a row '{name}' of its own: choose another name")
         methods[name], roles[name] = f, role
     for b in fitted: add(b.name, roles.get(b.name, "baseline"), lambda idxs, cond, real, b=b: b.generate(cond))
     add("shuffled conditioning", "floor", lambda idxs, cond, real: by(pipes[main], idxs, data.rows(cond_of, other[idxs]), real, samples))
@@ -336,10 +340,12 @@ def identity(
     data:FeatureDataset,
     *options
 ) -> str: # of twelve digits
-    "A hash of all that decides about the parts of an evaluation: files, features, options and what other methods answer"
+    "A hash of all that decides about parts: files, features, options and what other methods answer"
     files = ("config.json", "flow.json", "model.safetensors", "normalizers.safetensors")
     cond = data.rows(next(iter(pipes.values())).task.cond, torch.arange(min(2, len(data))))
-    def answer(m): return hashlib.sha256(m.generate(cond, seed=0).float().cpu().contiguous().numpy().tobytes()).hexdigest()
+    def answer(m):
+        x = m.generate(cond, seed=0).float().cpu().contiguous()
+        return hashlib.sha256(x.numpy().tobytes()).hexdigest()
     what = [{n: [sha256_file(p.folder/f) for f in files] for n, p in pipes.items()},
             {n: answer(m) for n, m in others.items()}, data._fingerprint(), *options]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
@@ -372,7 +378,8 @@ def evaluate(
         got = collect(methods, data, pipe.task, center, parts, side.pool, unit, solvers, bs, progress)
     others_real = embeddings_of(train, pipe.task, side.pool, unit, len(data))
     rows = [row_of(n, roles[n], got, side, others_real, seed) for n in methods]
-    steps = {k.removeprefix("steps/"): bootstrap(v, seed=seed) for k, v in got.items() if k.startswith("steps/")}
+    by_steps = {k.removeprefix("steps/"): v for k, v in got.items() if k.startswith("steps/")}
+    steps = {k: bootstrap(v, seed=seed) for k, v in by_steps.items()}
     report = Report(rows, facts_of(pipes, judged, train, data, leaks, samples, seed), steps=steps,
                     record=pipes[judged].training.get("record", {}), keys=data.keys, side=side)
     report.facts["bands of earlier work"] = bands(report, pipe.task.target, split)
@@ -381,7 +388,8 @@ def evaluate(
 
 def bands(report:Report, target:str, split:str) -> str:
     "Where earlier work would have placed the cosine"
-    kinds, cosine = [target, "general", *(["overfit"] if split == "train" else [])], report.main.scores["cosine"].value
+    kinds, cosine = [target, "general"], report.main.scores["cosine"].value
+    if split == "train": kinds.append("overfit")
     def limits(k): return ", ".join(f"{n} from {v}" for n, v in QUALITY[k].items())
     return "; ".join(f"{k}: {quality_band(k, cosine)} ({limits(k)})" for k in kinds)
 
@@ -397,7 +405,8 @@ def row_of(
     seed:int
 ) -> Row:
     "A row from what was collected"
-    measures = [k.rpartition("/")[2] for k in got if k.rpartition("/")[0] == name] # a name may have a slash, they have none
+    parts = [k.rpartition("/") for k in got] # a name may have a slash, a measure has none
+    measures = [m for n, _, m in parts if n == name]
     values = {m: got[f"{name}/{m}"] for m in measures}
     spread, error, patches, emb = (values.pop(k, None) for k in ("spread", "error", "patches", "embedding"))
     more, sets = judge_embeddings(emb, got["real tokens/embedding"], side, seed)

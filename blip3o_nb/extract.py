@@ -98,7 +98,7 @@ def _store(w, about, *tokens) -> bool: # whether any could be stored
 # %% ../nbs/04_extract.ipynb #62fa8b17
 @patch
 def paths(self:ImageSource, i:int) -> list:
-    "The files whose times tell whether image `i` or its caption was changed, those that may not exist among them"
+    "The files whose times tell whether image `i` or its caption was changed; not all of them need exist"
     return []
 
 @patch
@@ -132,7 +132,7 @@ def changed(
     few:int=1,  # images that are compared in any case
     most:int=16 # images that are compared of those whose files were touched since
 ) -> tuple|None: # (key, "image" or "caption") of one that is another now
-    "Whether these are still the same images with the same captions, as far as it can be told without reading all of them"
+    "Whether these are still the same images and captions, as far as can be told without reading all"
     def spread(xs, n): return xs[::max(1, -(-len(xs)//n))] if n else []
     for i, _, caption in kept:
         now = source._captions and source._captions[i]
@@ -152,8 +152,8 @@ def _same_images(w, source, at, rank=0, world=1):
         kept = [(at[k], h, c) for k, c, h in rows if h and k in at]
         if found := changed(source, kept, when, few=n//world % every == 0):
             key, what = found
-            raise InputError(f"{w.folder} holds features of another {what} under the key '{key}' than {source.path} has: "
-                             "use another folder")
+            raise InputError(f"{w.folder} holds features of another {what} under the key '{key}' than "
+                             f"{source.path} has: use another folder")
 
 # %% ../nbs/04_extract.ipynb #61cc26d4
 def extract(

@@ -17,8 +17,8 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image
 from tqdm.auto import tqdm
-from .core import (HELD_OUT, SHIPPED, InputError, Task, atomic_path, get_task, load_tensors, named_generator,
-                            read_json, save_tensors, sha256_file, write_json)
+from .core import (HELD_OUT, SHIPPED, InputError, Task, atomic_path, get_task, load_tensors,
+                            named_generator, read_json, save_tensors, sha256_file, write_json)
 from .dit import BLIP3oDiT
 from .nextdit import NextDiT
 from .paths import PATHS, make_path, path_dict
@@ -53,7 +53,7 @@ class Pipeline:
         held_out:float=HELD_OUT # share of the keys that it never saw
     ):
         self.model, self.task, self.encoders = model, get_task(task), {}
-        self.contract = {self.task.target: {}, self.task.cond: {}, **contract} # of tensors that were given, nothing is known
+        self.contract = {self.task.target: {}, self.task.cond: {}, **contract} # {}: nothing is known
         self.target_norm, self.cond_norm, self.path = target_norm, cond_norm, path or make_path(self.task.path)
         self.objective, self.method, self.steps = objective, method, steps
         self.training, self.held_out = training or {}, held_out
@@ -75,9 +75,11 @@ class Pipeline:
         return torch.cat([self.path.noise(shape, named_generator(seed, first + i)) for i in range(n)]).to(self.device)
 
     def check_encoder(self, which, enc):
-        "Raise `InputError` where an encoder is not the one of the training, as far as the checkpoint knows it"
-        if which not in self.contract: raise InputError(f"the checkpoint has no feature '{which}': give {' or '.join(self.contract)}")
-        known = {k: v for k, v in self.contract[which].items() if v not in (None, "unknown") and k != "decode"}
+        "Raise `InputError` where an encoder is not that of the training, as far as it is known"
+        if which not in self.contract:
+            raise InputError(f"the checkpoint has no feature '{which}': give {' or '.join(self.contract)}")
+        known = {k: v for k, v in self.contract[which].items() if v not in (None, "unknown")}
+        known.pop("decode", None) # of the extraction, not of the encoder
         check_contract(known, {k: enc.contract.get(k) for k in known}, which, "the encoder")
         for name, norm in ((self.task.target, self.target_norm), (self.task.cond, self.cond_norm)):
             have = (enc.num_tokens, enc.width)
@@ -98,7 +100,8 @@ def __call__(self:Pipeline,
 ) -> torch.Tensor: # generated tokens `[B, N, D]` float32, on the CPU
     "Generate one sample of target tokens for each conditioning; the same seed and number give the same tokens"
     if bs < 1: raise InputError(f"bs is {bs}: choose at least 1")
-    solver = dict(method=self.method if method is None else method, steps=self.steps if steps is None else steps)
+    method, steps = self.method if method is None else method, self.steps if steps is None else steps
+    solver = dict(method=method, steps=steps)
     out = []
     for c in tqdm(self.features(x, progress).split(bs), "sample", disable=not progress, unit="batch"):
         c = self.cond_norm.encode(c.to(self.device))
@@ -112,7 +115,8 @@ def __call__(self:Pipeline,
 def regress(self:Pipeline, x0, c):
     "The answer of a network that was trained without a flow: one evaluation at `xt = 0`, `t = 0`"
     own = network_dtype(self.model)
-    with evaluating(self.model): return self.model(cast(torch.zeros_like(x0), own), x0.new_zeros(len(c)), cast(c, own))
+    with evaluating(self.model):
+        return self.model(cast(torch.zeros_like(x0), own), x0.new_zeros(len(c)), cast(c, own))
 
 @patch
 def generate(self:Pipeline, cond:torch.Tensor, seed:int=0) -> torch.Tensor: # `[B, N, D]`
@@ -142,7 +146,7 @@ def decoded_at(self:Pipeline, which:str) -> int|None: # pixels, or None for the 
 
 @patch
 def images(self:Pipeline,
-    x # an image, a list of images, or what `read_images` takes; an image is a PIL image, a `uint8` array or a file's path
+    x # an image or a list of them, each a PIL image, a `uint8` array or a path; or what `read_images` takes
 ) -> list: # of PIL images
     "The images of a call; raises `InputError` for one that cannot be read"
     from blip3o_nb.images import read_images
@@ -163,11 +167,13 @@ def images(self:Pipeline,
 
 @patch
 def image(self:Pipeline, x) -> Image.Image:
-    "A PIL image as it is, or one from an array `[height, width, 3]` of bytes; raises `InputError` for anything else"
+    "A PIL image as it is, or of an array `[height, width, 3]` of bytes; raises `InputError` for others"
     if isinstance(x, Image.Image): return x
-    if isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 3 and x.shape[-1] == 3: return Image.fromarray(x)
+    if isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 3 and x.shape[-1] == 3:
+        return Image.fromarray(x)
     what = f"an array of {x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
-    raise InputError(f"{what} is no image: give PIL images, uint8 arrays [height, width, 3], paths, or tokens [B, M, C]")
+    raise InputError(f"{what} is no image: give PIL images, uint8 arrays [height, width, 3], paths, or "
+                     "tokens [B, M, C]")
 
 # %% ../nbs/13_inference.ipynb #ea23feb1
 @patch
@@ -177,17 +183,18 @@ def encoder(self:Pipeline, which:str): # "clip" or "eva"
     if which not in self.encoders:
         c = self.contract.get(which, {})
         if not all(c.get(k) and c[k] != "unknown" for k in ("model", "stage", "layout")):
-            raise InputError(f"the checkpoint does not know which encoder made its {which} features: "
-                             "load it and give it to `use`")
+            raise InputError(f"the checkpoint does not know which encoder made its {which} features: load it "
+                             "and give it to `use`")
         self.use(**{which: load_encoder(c["model"], stage=c["stage"], layout=c["layout"], device=self.device)})
     return self.encoders[which]
 
 @patch
 def features(self:Pipeline, x, progress:bool=False) -> torch.Tensor: # `[B, M, C]` float32
-    "Conditioning tokens as they are, or those of images; raises `InputError` for a shape the model was not trained on"
+    "Conditioning tokens as they are, or those of images; raises `InputError` for another shape"
     if isinstance(x, np.ndarray) and x.dtype != np.uint8: x = torch.from_numpy(x)
     if not torch.is_tensor(x):
-        if not (x := self.images(x)): raise InputError("there are no images to generate from: give at least one")
+        if not (x := self.images(x)):
+            raise InputError("there are no images to generate from: give at least one")
         enc, batches = self.encoder(self.task.cond), range(0, len(x), 64)
         pixels = (torch.stack([enc.preprocess(i) for i in x[k:k+64]]) for k in batches)
         bar = tqdm(pixels, "encode", len(batches), disable=not progress, unit="batch")
@@ -238,39 +245,44 @@ def save_checkpoint(
     (folder/"flow.json").unlink(missing_ok=True)
     learn.ema_model.module.save_pretrained(folder)
     norms = {"target": learn.flow.target_norm, "cond": learn.flow.cond_norm}
+    kept = task.name if task.name in SHIPPED else asdict(task)
     values = {f"{k}.{n}": v.cpu() for k, m in norms.items() for n, v in m.state_dict().items()}
     save_tensors(folder/"normalizers.safetensors", values)
     write_json(folder/"flow.json", dict(
-        format=1, task=task.name if task.name in SHIPPED else asdict(task), objective=learn.objective, path=path,
+        format=1, task=kept, objective=learn.objective, path=path,
         target_norm=norms["target"].mode, cond_norm=norms["cond"].mode, target_shape=list(norms["target"].shape),
         cond_shape=list(norms["cond"].shape), method=method, steps=steps, held_out=learn.dls.share,
         contract=learn.dls.contract, training=training))
     return folder
 
 # %% ../nbs/13_inference.ipynb #a71b855e
-_FLOW = dict(objective=str, path=dict, target_norm=str, cond_norm=str, target_shape=list, cond_shape=list, method=str,
-             steps=int, contract=dict, training=dict)
+_FLOW = dict(objective=str, path=dict, target_norm=str, cond_norm=str, target_shape=list, cond_shape=list,
+             method=str, steps=int, contract=dict, training=dict)
 
 def stored_task(
     x # of `flow.json`: a name, or the fields of a task
 ) -> Task:
     "The task that a checkpoint was trained for; raises `InputError` where it is none"
     if isinstance(x, str): return get_task(x)
-    if not isinstance(x, dict) or set(x) != {f.name for f in fields(Task)} or not all(isinstance(v, str) for v in x.values()):
-        raise InputError("task is neither a name nor the fields of a task: copy the checkpoint again, or train one")
+    names = {f.name for f in fields(Task)}
+    if not isinstance(x, dict) or set(x) != names or not all(isinstance(v, str) for v in x.values()):
+        raise InputError("task is neither a name nor the fields of a task: copy the checkpoint again, or "
+                         "train one")
     task = Task(**x)
     if not task.name or task.path not in PATHS or not {task.target_norm, task.cond_norm} <= set(NORMS):
-        raise InputError(f"task '{task.name}' has a path or a normalisation that is none: copy the checkpoint again")
+        raise InputError(f"task '{task.name}' has a path or a normalisation that is none: copy the "
+                         "checkpoint again")
     if SHIPPED.get(task.name, task) != task:
-        raise InputError(f"task '{task.name}' has other fields than the task of that name: copy the checkpoint again, "
-                         "or train it under a name of its own")
+        raise InputError(f"task '{task.name}' has other fields than the task of that name: copy the "
+                         "checkpoint again, or train it under a name of its own")
     return get_task(task)
 
 def read_flow(folder:str|Path) -> dict:
     "What a checkpoint says of its flow; raises `InputError` where that is none"
     f, file = read_json(Path(folder)/"flow.json"), Path(folder)/"flow.json"
     def need(ok, what):
-        if not ok: raise InputError(f"{file}: {what} is missing or invalid: copy the checkpoint again, or train one")
+        if not ok:
+            raise InputError(f"{file}: {what} is missing or invalid: copy the checkpoint again, or train one")
     need(isinstance(f, dict), "its object")
     for k, kind in _FLOW.items(): need(type(f.get(k)) is kind, k)
     need("task" in f, "task")
@@ -290,7 +302,8 @@ def read_flow(folder:str|Path) -> dict:
     for which in (task.target, task.cond):
         c = f["contract"].setdefault(which, {}) # of tensors that were given, nothing is known
         names = ("model", "stage", "layout", "weights", "fingerprint")
-        need(isinstance(c, dict) and all(isinstance(c.get(k), (str, type(None))) for k in names), f"the contract of {which}")
+        fine = isinstance(c, dict) and all(isinstance(c.get(k), (str, type(None))) for k in names)
+        need(fine, f"the contract of {which}")
     need(_is_record(f["training"].get("record", {})), "the record of the training")
     return f
 
@@ -309,14 +322,15 @@ def _norms(folder, f, config):
     for k, tokens, width in sides:
         mode, shape = f[f"{k}_norm"], tuple(f[f"{k}_shape"])
         if shape != (tokens or shape[0], width - (k == "target" and mode == "sphere")):
-            raise InputError(f"{folder/'flow.json'}: {k}_shape is {list(shape)}, the network has {tokens} tokens of "
-                             f"{width} channels: copy the checkpoint again")
+            raise InputError(f"{folder/'flow.json'}: {k}_shape is {list(shape)}, the network has {tokens} "
+                             f"tokens of {width} channels: copy the checkpoint again")
         own = {n: state.get(f"{k}.{n}") for n in ("mean", "std")}
         size = {"token": shape, "channel": shape[1:]}.get(mode, ())
-        def fits(x): return x is not None and x.shape == size and x.dtype == torch.float32 and bool(x.isfinite().all())
+        def fits(x):
+            return x is not None and x.shape == size and x.dtype == torch.float32 and x.isfinite().all()
         if not all(map(fits, own.values())) or not (own["std"] > 0).all():
-            raise InputError(f"{file} does not hold the {mode} normaliser of {list(shape)} that flow.json names: "
-                             "copy it again, or train again")
+            raise InputError(f"{file} does not hold the {mode} normaliser of {list(shape)} that flow.json "
+                             "names: copy it again, or train again")
         norms.append(Normalizer(mode, shape=shape))
         norms[-1].load_state_dict(own)
     return norms
@@ -352,8 +366,9 @@ def _same_task(folder, have, want):
         raise InputError(f"the checkpoint in {folder} was trained for task '{have.name}', not '{name}': "
                          "choose another folder or task")
     if isinstance(want, Task) and (have.target, have.cond) != (want.target, want.cond):
-        raise InputError(f"the checkpoint in {folder} was trained for a task '{name}' that generates {have.target} "
-                         f"from {have.cond}, not {want.target} from {want.cond}: choose another folder or task")
+        raise InputError(f"the checkpoint in {folder} was trained for a task '{name}' that generates "
+                         f"{have.target} from {have.cond}, not {want.target} from {want.cond}: choose "
+                         "another folder or task")
 
 # %% ../nbs/13_inference.ipynb #853dcb86
 @patch
@@ -390,24 +405,27 @@ def captions(self:Pipeline, x,
 def _identity(
     pipe:Pipeline, source, options:dict
 ) -> dict: # what decides about the samples
-    "Checksums of checkpoint and keys, and the options of the call; raises `InputError` for a pipeline without a folder"
-    if pipe.folder is None: raise InputError("the samples must be of a checkpoint: save_checkpoint, then from_pretrained")
+    "Checksums of checkpoint and keys, and the options; raises `InputError` for a pipeline without a folder"
+    if pipe.folder is None:
+        raise InputError("the samples must be of a checkpoint: save_checkpoint, then from_pretrained")
     h = hashlib.sha256()
     for f in ("config.json", "flow.json", "model.safetensors", "normalizers.safetensors"):
         h.update(sha256_file(pipe.folder/f).encode())
     keys = hashlib.sha256("\n".join(source.keys).encode()).hexdigest()
     try: return json.loads(json.dumps(dict(format=2, checkpoint=h.hexdigest(), keys=keys, **options)))
-    except TypeError as e: raise InputError(f"an option cannot be kept in samples.json ({e}): give numbers and text") from e
+    except TypeError as e:
+        raise InputError(f"an option cannot be kept in samples.json ({e}): give numbers and text") from e
 
 def _same_samples(out, want):
     "Raise `InputError` where a folder holds samples of something else"
     if not (out/"samples.json").exists():
-        if any(out.glob("samples-*.safetensors")): raise InputError(f"{out} has samples and no samples.json: choose another folder")
+        if any(out.glob("samples-*.safetensors")):
+            raise InputError(f"{out} has samples and no samples.json: choose another folder")
         return
     have = read_json(out/"samples.json")
     if not isinstance(have, dict) or have.get("format") != want["format"]:
-        raise InputError(f"{out} holds samples of an earlier version, which did not note what they were made from: "
-                         "choose another folder")
+        raise InputError(f"{out} holds samples of an earlier version, which did not note what they were made "
+                         "from: choose another folder")
     if other := [k for k in {**want, **have} if have.get(k) != want.get(k)]:
         raise InputError(f"{out} holds samples of another {', '.join(other)}: choose another folder")
 
@@ -416,14 +434,15 @@ def _reused(file, source, first):
     from blip3o_nb.extract import changed
     data, m = load_tensors(file)
     try: about, hashes, bad = (json.loads(m[k]) for k in ("pictures", "hashes", "skipped"))
-    except (KeyError, ValueError) as e: raise InputError(f"{file} is no file of samples: delete it, it is made again") from e
+    except (KeyError, ValueError) as e:
+        raise InputError(f"{file} is no file of samples: delete it, it is made again") from e
     at = {k: first + i for i, k in enumerate(source.keys[first:first + len(about) + len(bad)])}
     if not {a["key"] for a in about} <= set(at) or len(about) != len(hashes):
         raise InputError(f"{file} is no file of these samples: delete it, it is made again")
     kept = [(at[a["key"]], h, None) for a, h in zip(about, hashes)]
     if found := changed(source, kept, file.stat().st_mtime_ns):
-        raise InputError(f"{file.parent} holds samples of another image under the key '{found[0]}' than {source.path} has: "
-                         "choose another folder")
+        raise InputError(f"{file.parent} holds samples of another image under the key '{found[0]}' than "
+                         f"{source.path} has: choose another folder")
     return data, about, bad
 
 # %% ../nbs/13_inference.ipynb #e0417f6d
@@ -444,10 +463,11 @@ def _made(pipe, source, span, file, dtype, options):
         data["tokens"] = tokens.to(dtype)
         fine = data["tokens"].isfinite().flatten(1).all(1)
         if not fine.all():
-            raise InputError(f"the tokens of '{about[int(fine.int().argmin())]['key']}' are not finite in {dtype}: "
-                             "give dtype=torch.float32, or check the checkpoint")
+            raise InputError(f"the tokens of '{about[int(fine.int().argmin())]['key']}' are not finite in "
+                             f"{dtype}: give dtype=torch.float32, or check the checkpoint")
         if pipe.contract[pipe.task.target].get("stage"): data["embeddings"] = pipe.pool(tokens)
-    save_tensors(file, data, {"pictures": json.dumps(about), "hashes": json.dumps(hashes), "skipped": json.dumps(bad)})
+    said = dict(pictures=about, hashes=hashes, skipped=bad)
+    save_tensors(file, data, {k: json.dumps(v) for k, v in said.items()})
     return data, about, bad
 
 def write_samples(
@@ -460,7 +480,7 @@ def write_samples(
     progress:bool=True,
     **options        # of a call: seed, method, steps, guidance_scale
 ) -> int: # images
-    "Generate for every image of a source, with `embeddings` `[n, E]` where the target encoder is known; raises `InputError` for a folder with other samples"
+    "Generate for every image of a source; raises `InputError` for a folder with other samples"
     from blip3o_nb.images import read_images
     source, out, lines, texts = read_images(source), Path(out), [], list(texts)
     if chunk < 1: raise InputError(f"chunk is {chunk}: choose at least 1")
@@ -472,7 +492,8 @@ def write_samples(
     skipped = dict(source.skipped)
     for i in tqdm(range(0, len(source), chunk), "samples", disable=not progress, unit="file"):
         file, span = out/f"samples-{i//chunk:05d}.safetensors", range(i, min(i + chunk, len(source)))
-        data, about, bad = _reused(file, source, i) if file.exists() else _made(pipe, source, span, file, dtype, options)
+        if file.exists(): data, about, bad = _reused(file, source, i)
+        else: data, about, bad = _made(pipe, source, span, file, dtype, options)
         if texts and about:
             near = nearest(data["embeddings"], known).tolist()
             about = [{**a, "captions": [texts[t] for t in row]} for a, row in zip(about, near)]

@@ -61,7 +61,8 @@ def log_likelihood(
     if nodes < 2: raise InputError(f"nodes is {nodes}: at least 2 are needed")
     model = bare(model)
     kind, (z, w) = prediction_of(model, prediction_type), np.polynomial.legendre.leggauss(nodes)
-    field, spread = (VelocityField(model, cond, path, kind) for _ in range(2)) # each counts its own evaluations
+    field = VelocityField(model, cond, path, kind)
+    spread = VelocityField(model, cond, path, kind) # each counts its own evaluations
     x, t, integral = path.project(x1.to(torch.promote_types(x1.dtype, torch.float32))), 1., 0.
     with evaluating(model):
         for u, weight in zip((z[::-1] + 1)/2, w[::-1]/2):

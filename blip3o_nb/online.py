@@ -34,7 +34,9 @@ def _finite(made, about, missing, skipped):
     fine = torch.stack([x.isfinite().flatten(1).all(1) for x in made.values()]).all(0)
     if fine.all(): return made, missing
     fine = fine.tolist()
-    if not any(fine): raise InputError(f"the tokens of '{about[0][0]}' and of all others of its batch are not finite: check the encoders")
+    if not any(fine):
+        raise InputError(f"the tokens of '{about[0][0]}' and of all others of its batch are not finite: "
+                         "check the encoders")
     there = [p for p in range(len(about) + len(missing)) if p not in missing]
     for (key, *_), ok in zip(about, fine):
         if not ok: skipped[key] = "its tokens are not finite"
@@ -45,7 +47,9 @@ def _tokens(encoders, task, skipped, batch):
     item, missing, stand_in = batch
     _, about, bad, px = checked(item)
     skipped.update(bad)
-    if not px: raise InputError(f"no image of {len(bad)} can be read, first {next(iter(bad.items()))}: check the files")
+    if not px:
+        raise InputError(f"no image of {len(bad)} can be read, first {next(iter(bad.items()))}: check the "
+                         "files")
     made = {n: encoders[n].tokens(px[0] if n == "clip" else px[-1]).float() for n in {task.cond, task.target}}
     made, missing = _finite(made, about, missing, skipped)
     out = Batch((made[task.cond], made[task.target]))
@@ -62,7 +66,7 @@ def online_dls(
     max_samples:int|None=None,      # train on the first so many; the held-out split stays whole
     stats_samples:int=512           # training pictures that the statistics are estimated from
 ): # what `feature_dls` returns, and `.skipped`: key -> reason
-    "Batches `(cond, target)` `[B, N, D]` float32, made by the encoders when they are needed; raises as `feature_dls`"
+    "Batches `(cond, target)` `[B, N, D]` float32, made when they are needed; raises as `feature_dls`"
     source, task = read_images(images), get_task(task)
     sides = [[i for i, k in enumerate(source.keys) if is_held_out(k, share) == held] for held in (False, True)]
     splits, encoders = (sides[0][:max_samples], sides[1]), dict(clip=clip, eva=eva)
@@ -77,10 +81,13 @@ def online_dls(
             x = encoders[name].tokens((px[0] if name == "clip" else px[-1]).to(device)).cpu()
             fine = x.isfinite().flatten(1).all(1)
             if fine.any(): made.append(FeatureStats.of(x if fine.all() else x[fine]))
-        if not made: raise InputError(f"none of {len(some)} images of {source.path} can be read: check the files")
+        if not made:
+            raise InputError(f"none of {len(some)} images of {source.path} can be read: check the files")
         return sum(made, FeatureStats())
     keys = tuple([source.keys[i] for i in s] for s in splits)
-    fetch, contract = tuple(partial(_decode, pixels, s) for s in splits), {"clip": clip.contract, "eva": eva.contract}
-    dls = task_loaders(splits, keys, fetch, task, contract, stats, bs, seed, num_workers, device, str(source.path), share, after=after)
+    fetch = tuple(partial(_decode, pixels, s) for s in splits)
+    contract = {"clip": clip.contract, "eva": eva.contract}
+    dls = task_loaders(splits, keys, fetch, task, contract, stats, bs, seed, num_workers, device,
+                       str(source.path), share, after=after)
     dls.skipped = skipped
     return dls

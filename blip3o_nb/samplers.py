@@ -80,7 +80,7 @@ def bare(model):
     return model
 
 def prediction_of(model, prediction_type:str|None=None) -> str:
-    "What a model answers: as given, else as its configuration says, else a velocity; raises `InputError` for an unknown type"
+    "What a model answers: as given, else by its configuration, else velocity; raises `InputError` for others"
     config = getattr(model, "config", None)
     return check_prediction_type(prediction_type or getattr(config, "prediction_type", "velocity"))
 
@@ -148,14 +148,15 @@ def time_grid(
 
 # %% ../nbs/09_samplers.ipynb #423b8835
 def adaptive_step(field, path, x, t:float, u:float, tol:float):
-    "From time `t` to `u` in steps whose length Dormand and Prince's rule chooses; stays off `t = 1` and singular ends"
+    "From time `t` to `u` in steps of Dormand and Prince's choice; stays off `t = 1` and singular ends"
     from torchdiffeq import odeint
     a = abs(t - EPS_T) if t == field.singular else t
     b = abs(u - .01) if u in (1., field.singular) else u # the rest is short enough for one step
     if a != t: x = rk_step("euler", field, path, x, t, a)
     ends = torch.tensor([a, b], dtype=x.dtype, device=x.device)
     no_further = dict(step_t=ends[1:]) # no step beyond b
-    zs = odeint(lambda s, z: field(path.project(z), s.item()), x, ends, rtol=tol, atol=tol, options=no_further)
+    def velocity(s, z): return field(path.project(z), s.item())
+    zs = odeint(velocity, x, ends, rtol=tol, atol=tol, options=no_further)
     x = path.project(zs[-1])
     return x if b == u else rk_step("ralston", field, path, x, b, u)
 
@@ -176,8 +177,8 @@ class SampleInfo(NamedTuple):
     trajectory: torch.Tensor # the points at those times `[S+1, B, ...]`
 
 # %% ../nbs/09_samplers.ipynb #be02d7f5
-def prepared(model, cond, null, scale:float) -> tuple: # what the model is given as conditioning, and in place of it
-    "Conditioning in the network's dtype, and cached where the model can; raises `InputError` where guidance lacks `null`"
+def prepared(model, cond, null, scale:float) -> tuple: # the conditioning, and what stands for none
+    "Conditioning in the network's dtype, cached if it can; raises `InputError` where guidance lacks `null`"
     cond = cast(cond, network_dtype(model))
     if scale != 1. and null is None and cond is not None:
         if "drop" not in signature(getattr(model, "cond_cache", len)).parameters:
@@ -206,12 +207,12 @@ def sample(
     guidance_scale:float=1.,# how far to go from the answer without conditioning past the one with it; 1 is no guidance
     guidance_interval:tuple=(0., 1.), # times at which to guide
     guidance_rescale:float=0., # 0 to 1: how far to bring guided velocities back to the spread of unguided ones
-    null=None,              # stands for no conditioning; default: `model.cond_cache(cond, drop)`, where the model has it
+    null=None,              # stands for no conditioning; default: `model.cond_cache(cond, drop)`, if any
     generator:torch.Generator=None, # for the noise
     progress:bool=False,
     return_info:bool=False  # return `(x1, SampleInfo)`
 ) -> torch.Tensor: # `[B, ...]`, in the dtype of `x0`; float32 where it is not given
-    "Integrate the model's flow from t=0 to t=1, or over `times`; raises `InputError` for impossible arguments"
+    "Integrate the model's flow from 0 to 1, or over `times`; raises `InputError` for impossible arguments"
     if method not in (*METHODS, "dopri5"):
         raise InputError(f"unknown method '{method}': choose one of {', '.join(METHODS)}, dopri5")
     model = bare(model)
@@ -226,7 +227,8 @@ def sample(
             x = one_step(field, path, x, t, u, method, tol)
             if return_info: xs.append(x)
     if not return_info: return x.to(dtype)
-    return x.to(dtype), SampleInfo(field.nfe, torch.tensor(ts, dtype=torch.float64), torch.stack(xs).to(dtype))
+    times = torch.tensor(ts, dtype=torch.float64)
+    return x.to(dtype), SampleInfo(field.nfe, times, torch.stack(xs).to(dtype))
 
 # %% ../nbs/09_samplers.ipynb #d900f5e2
 @patch

@@ -177,7 +177,8 @@ class ShardWriter:
         for n, p in sorted(self.parts.items()):
             if not p["samples"]: continue
             h = _header_of(self.folder, p)[0]
-            yield n, (self.folder/p["file"]).stat().st_mtime_ns, list(zip(h["keys"], h["captions"], h["image_hashes"]))
+            rows = list(zip(h["keys"], h["captions"], h["image_hashes"]))
+            yield n, (self.folder/p["file"]).stat().st_mtime_ns, rows
 
 # %% ../nbs/02_shards.ipynb #42fc1f56
 @patch
