@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from .core import InputError
-from .paths import EPS_T, LinearPath, check_prediction_type
-from .samplers import VelocityField
+from .paths import EPS_T, LinearPath
+from .samplers import VelocityField, bare, cast, evaluating, network_dtype, prediction_of
 
 # %% ../nbs/09c_adapters.ipynb #f512e384
 @dataclass(frozen=True)
@@ -51,14 +51,17 @@ def their_model(self:Convention,
     path=LinearPath(),       # the path it was trained on
     prediction_type:str=None # what it answers; default: `model.config.prediction_type`, else "velocity"
 ):
-    "Our model as `f(x, t, cond)` that answers with their velocity; `t` in their count is a number, a scalar tensor or `[B]`"
-    p = check_prediction_type(prediction_type or getattr(getattr(model, "config", None), "prediction_type", "velocity"))
-    field = VelocityField(model, None, path, p)
+    "Our model as `f(x, t, cond)`, answering with their velocity; `t` in their count, a number or `[B]`"
+    model = bare(model)
+    field = VelocityField(model, None, path, prediction_of(model, prediction_type))
     def theirs(x, t, cond=None):
         s = torch.as_tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         t = self.our_time(s).expand(len(x))
-        if (t - .5).abs().max() > FAR: raise InputError(f"time {s.max():g} is out of range: noise is at {self.noise:g} and data at {self.data:g} in this convention")
-        return self.velocity(field.velocity(x, off_singular(t, field.singular), cond))
+        if (t - .5).abs().max() > FAR:
+            raise InputError(f"time {s.max():g} is out of range: noise is at {self.noise:g} and data at "
+                             f"{self.data:g} in this convention")
+        with evaluating(model): v = field.velocity(x, off_singular(t, field.singular), cond)
+        return self.velocity(v).to(x.dtype)
     return theirs
 
 # %% ../nbs/09c_adapters.ipynb #484d3e34
@@ -68,7 +71,9 @@ def our_model(self:Convention,
 ):
     "Their model as `f(xt, t, cond)` that answers with our velocity, for `sample`"
     def ours(xt, t, cond=None):
-        out = model(xt, self.their_time(t), *(() if cond is None else (cond,)))
+        own = network_dtype(model)
+        more = () if cond is None else (cast(cond, own),)
+        with evaluating(model): out = model(cast(xt, own), self.their_time(t), *more)
         return self.velocity(out if isinstance(out, torch.Tensor) else out[0])
     return ours
 

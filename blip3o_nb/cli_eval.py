@@ -14,16 +14,23 @@ from .command import check_folder, command
 
 # %% ../nbs/16a_cli_eval.ipynb #65e8ac41
 def read_classes(
-    path:str|Path # CSV with a line for each picture: its key, its class
+    path:str|Path # CSV with a line for each image: its key, its class; a header `key,class` is passed over
 ) -> dict: # key -> class
-    "Classes of pictures; raises `InputError` that names the line"
+    "Classes of images; raises `InputError` that names the line"
     from blip3o_nb.core import InputError
     try: rows = list(csv.reader(Path(path).read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as e: raise InputError(f"cannot read the classes in {path}: {getattr(e, 'strerror', None) or e}") from e
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"cannot read the classes in {path}: {getattr(e, 'strerror', None) or e}") from e
+    known = {}
     for i, r in enumerate(rows, 1):
-        if len(r) != 2 or not all(r): raise InputError(f"{path}, line {i}: {len(r)} fields where key and class should stand")
-    if not rows: raise InputError(f"{path} is empty: it takes a line for each picture, its key and its class")
-    return dict(rows)
+        if len(r) != 2 or not all(r):
+            raise InputError(f"{path}, line {i}: {len(r)} fields where key and class should stand")
+        if i == 1 and [x.strip().lower() for x in r] == ["key", "class"]: continue
+        if known.setdefault(r[0], r[1]) != r[1]:
+            raise InputError(f"{path}, line {i}: '{r[0]}' is of class '{r[1]}' here and of '{known[r[0]]}' "
+                             "above: keep one")
+    if not known: raise InputError(f"{path} is empty: it takes a line for each image, its key and its class")
+    return known
 
 # %% ../nbs/16a_cli_eval.ipynb #a738e1ab
 @command(pos=("checkpoint",), many=("checkpoint",), model_path="", checkpoint_path="", model="", chunked_embeddings_dir="embeddings_dir", embeddings_path="embeddings_dir", output_dir="out",
@@ -83,13 +90,18 @@ def blip3o_sample(
     check_options(bs=bs, limit=steps, seed=seed)
     if not abs(guidance_scale) < 1e6: raise InputError(f"--guidance-scale is {guidance_scale}: choose a number such as 1.5")
     try: lines = [t for t in Path(texts).read_text(encoding="utf-8").splitlines() if t.strip()] if texts else []
-    except (OSError, UnicodeDecodeError) as e: raise InputError(f"cannot read the captions in {texts}: {getattr(e, 'strerror', None) or e}") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"cannot read the captions in {texts}: {getattr(e, 'strerror', None) or e}") from e
+    if texts and not lines:
+        raise InputError(f"{texts} has no caption: write one on each line, or leave --texts out")
     from blip3o_nb.images import read_images
     from blip3o_nb.inference import Pipeline, write_samples
     from blip3o_nb.samplers import METHODS
     if method not in ("", *METHODS, "dopri5"): raise InputError(f"unknown --method '{method}': choose {', '.join(METHODS)} or dopri5")
     source, pipe = read_images(images or data_path("openclipart.tar.gz")), Pipeline.from_pretrained(checkpoint)
     check_folder(out)
-    options = dict(seed=seed, bs=bs, **({"method": method} if method else {}), **({"steps": steps} if steps else {}), **({"guidance_scale": guidance_scale} if guidance_scale != 1 else {}))
+    given = dict(method=(method, ""), steps=(steps, 0), guidance_scale=(guidance_scale, 1.))
+    options = dict(seed=seed, bs=bs, **{k: v for k, (v, default) in given.items() if v != default})
     n = write_samples(pipe, source, out, lines, **options)
-    print(f"{n:,} pictures in {out}: tokens {list(pipe.target_norm.shape)}, " + ("their nearest captions in samples.jsonl" if lines else "their keys in samples.jsonl"))
+    what = "nearest captions" if lines else "keys"
+    print(f"{n:,} pictures in {out}: tokens {list(pipe.target_norm.shape)}, their {what} in samples.jsonl")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from .core import InputError, atomic_path, layout_of, read_json, to_layout, write_json
 from .pickles import MODE, shown, read_pickle_shard
-from .shards import FeatureDataset, ShardWriter
+from .shards import FeatureDataset, ShardWriter, read_manifest
 
 # %% ../nbs/02e_convert.ipynb #fed2aab1
 _LOG, _MANIFEST = "converted.json", "embeddings_manifest.json" # what a conversion has done so far; the seeds' manifest
@@ -53,6 +53,13 @@ def _pickles(src):
     src = Path(src)
     if not src.is_dir(): return [src]
     files = sorted(src.glob("embeddings_shard_*.pkl")) or sorted(src.glob("*.pkl"))
+    about = read_json(src/_MANIFEST) if (src/_MANIFEST).exists() else {}
+    about = about if isinstance(about, dict) else {}
+    said, failed = about.get("total_shards"), about.get("failed_shards")
+    failed = len(failed) if isinstance(failed, list) else 0
+    if files and type(said) is int and len(files) not in (said, said - failed):
+        raise InputError(f"{src} holds {len(files)} pickles and its {_MANIFEST} counts {said}: copy what is "
+                         "missing or take out what is too much, or delete the manifest if these are meant")
     if not files: raise InputError(f"{src} holds no pickles: check the path (embeddings_shard_*.pkl or another *.pkl)")
     if len(modes := {str(_mode(f)) for f in files}) > 1:
         raise InputError(f"{src} holds pickles of several modes, {' and '.join(sorted(modes))}: convert one file at a time, or give each mode a folder")
@@ -70,7 +77,21 @@ def _log_of(dst):
     if not isinstance(log, (dict, type(None))): raise InputError(f"{dst/_LOG} is no record of a conversion: restore it, or choose another folder")
     return log
 
-def _is_entry(done): return isinstance(done, dict) and all(type(done.get(k)) is t for k, t in (("bytes", int), ("samples", int), ("last", str)))
+def _sample(path):
+    "A checksum of a file's size and of 64 pieces of it, which costs the same for any size"
+    h, size = sha256(), os.path.getsize(path)
+    h.update(str(size).encode())
+    with open(path, "rb") as f:
+        for i in range(64):
+            f.seek(i*size//64)
+            h.update(f.read(4096))
+    return h.hexdigest()
+
+def _is_done(done, f, row, options):
+    "Whether a log says that this very pickle was converted in this very way, and the set has its samples"
+    fields = dict(samples=int, last=str, content=str, options=list) # earlier versions kept the first two
+    if not (isinstance(done, dict) and all(type(done.get(k)) is t for k, t in fields.items())): return False
+    return done["options"] == options and done["last"] in row and f.exists() and done["content"] == _sample(f)
 
 def _unseen(s, f, layout, have, row):
     "The samples of a pickle that the set does not have, as batches of one; those that it has must be the same"
@@ -78,43 +99,60 @@ def _unseen(s, f, layout, have, row):
         x = {k: v[at:at+16] for k, v in s.items() if k != "config"}
         if layout: x.update({n: to_layout(x[n].float(), layout) for n in ("clip", "eva")})
         old = [i for i, k in enumerate(x["keys"]) if k in row]
+        for i in old:
+            if have.captions[row[x["keys"][i]]] != x["captions"][i]:
+                raise InputError(f"the key '{shown(x['keys'][i])}' of {f} is in {have.folder} already, with "
+                                 "another caption: give each picture a key of its own, or choose another "
+                                 "folder")
         for n in ("clip", "eva") if old else ():
             for i, a in zip(old, have.rows(n, torch.tensor([row[x["keys"][i]] for i in old]))):
                 if a.shape != x[n][i].shape or (a - x[n][i].float()).norm() > .05*a.norm():
-                    raise InputError(f"the key '{shown(x['keys'][i])}' of {f} is in {have.folder} already, with other features: "
-                                     "give each picture a key of its own, or choose another folder")
+                    raise InputError(f"the key '{shown(x['keys'][i])}' of {f} is in {have.folder} already, "
+                                     "with other features: give each picture a key of its own, or choose "
+                                     "another folder")
         for i, k in enumerate(x["keys"]):
             if k not in row: yield [k], x["clip"][i:i+1], x["eva"][i:i+1], [x["captions"][i]], [""]
 
 def _to_shards(src, dst, dtype, shard_size, contract, layout):
     dst, source, w, new, skipped = Path(dst), {}, None, 0, 0
-    log = _log_of(dst) or {}
+    log, options = _log_of(dst) or {}, json.loads(json.dumps([dtype or "bf16", layout, contract]))
     have = FeatureDataset(dst) if (dst/"manifest.json").exists() else None
     row = {k: i for i, k in enumerate(have.keys)} if have else {}
     with ExitStack() as stack:
         for f in _pickles(src):
-            done = log.get(f.name)
-            if _is_entry(done) and done["last"] in row and f.exists() and done["bytes"] == os.path.getsize(f):
-                skipped += done["samples"]
+            if _is_done(log.get(f.name), f, row, options):
+                skipped += log[f.name]["samples"]
                 continue
             s = read_pickle_shard(f)
             c = json.loads(json.dumps(_describe(s, f, layout, contract)))
             if w is None:
                 w, first, about = stack.enter_context(ShardWriter(dst, c, dtype=dtype or "bf16", shard_size=shard_size)), f, c
-                if w.done: w.publish(); have = FeatureDataset(dst); row = {k: i for i, k in enumerate(have.keys)} # a run that was killed may have left shards that the manifest does not list
-            if diff := next(((n, k) for n in ("clip", "eva") for k in c[n] if c[n][k] != about[n].get(k)), None):
-                n, k = diff
-                raise InputError(f"{f} has {n} features with {k} = {shown(c[n][k])}, {first} with {shown(about[n].get(k))}: convert them into folders of their own")
+                if w.done: # a run that was killed may have left shards that the manifest does not list
+                    w.publish()
+                    have = FeatureDataset(dst)
+                    row = {k: i for i, k in enumerate(have.keys)}
+            _same_kind(c, about, f, first)
             if twice := next((k for k in s["keys"] if k in source), None):
-                raise InputError(f"the key '{shown(twice)}' is in {source[twice]} and in {f}: give each picture a key of its own, or convert into two folders")
+                raise InputError(f"the key '{shown(twice)}' is in {source[twice]} and in {f}: give each "
+                                 "picture a key of its own, or convert into two folders")
             source.update(dict.fromkeys(s["keys"], f))
             before, n = new, len(s["keys"])
-            for sample in _unseen(s, f, layout, have, row): w.add_batch(*sample); new += 1
-            log[f.name] = dict(bytes=os.path.getsize(f), samples=n, last=s["keys"][-1])
+            for sample in _unseen(s, f, layout, have, row):
+                w.add_batch(*sample)
+                new += 1
+            log[f.name] = dict(samples=n, last=s["keys"][-1], content=_sample(f), options=options)
             skipped += n - (new - before)
             s = sample = None # before the next file is read
             with _writing(dst/_LOG): write_json(dst/_LOG, log)
-    return dict(new=new, skipped=skipped, files=sorted(dst.glob("*.safetensors")))
+    return dict(new=new, skipped=skipped, files=[dst/p["file"] for p in read_manifest(dst)["shards"]])
+
+def _same_kind(c, about, f, first):
+    "Raise `InputError` where a pickle holds other features than the first one"
+    for n in ("clip", "eva"):
+        for k in c[n]:
+            if c[n][k] != about[n].get(k):
+                raise InputError(f"{f} has {n} features with {k} = {shown(c[n][k])}, {first} with "
+                                 f"{shown(about[n].get(k))}: convert them into folders of their own")
 
 # %% ../nbs/02e_convert.ipynb #1e85dd2f
 def _seed_dict(ds, idxs, i, layout, dtype):
@@ -133,19 +171,38 @@ def _dump(data, path):
     with _writing(path), atomic_path(path) as tmp, open(tmp, "wb") as f: pickle.dump(data, f, protocol=4)
 
 # %% ../nbs/02e_convert.ipynb #c54759d7
+def _same_pickle(f, want):
+    "Raise `InputError` where a pickle holds other features or captions than those"
+    have = read_pickle_shard(f)
+    same = [have[n].equal(want[f"{n}_blip3o_embeddings"]) for n in ("clip", "eva")]
+    if have["captions"] != want["captions"] or not all(same):
+        raise InputError(f"{f} holds other features under the same keys: choose another folder")
+
 def _to_pickles(src, dst, dtype, shard_size, contract, layout):
     ds, dst, new, files = FeatureDataset(src), Path(dst), 0, []
     parts = torch.arange(len(ds)).split(shard_size)
     first = _seed_dict(ds, parts[0][:1], 0, layout, dtype)["config"]
-    asked = dict(keys=sha256("\n".join(ds.keys).encode()).hexdigest(), dtype=dtype, shard_size=shard_size, **first)
-    if any(dst.glob("embeddings_shard_*.pkl")) and not (dst/_LOG).exists(): raise InputError(f"{dst} holds pickles of other origin: choose an empty folder")
+    sums = sha256("".join(s["sha256"] for s in ds.manifest["shards"]).encode()).hexdigest()
+    keys = sha256("\n".join(ds.keys).encode()).hexdigest()
+    asked = dict(keys=keys, features=sums, dtype=dtype, shard_size=shard_size, **first)
+    if any(dst.glob("embeddings_shard_*.pkl")) and not (dst/_LOG).exists():
+        raise InputError(f"{dst} holds pickles of other origin: choose an empty folder")
     have = _log_of(dst) or asked
-    if diff := next((k for k in asked if have.get(k) != asked[k]), None):
-        raise InputError(f"{dst} holds pickles with {diff} = {shown(have.get(diff))}, not {shown(asked[diff])}: choose another folder, or the same settings")
-    with _writing(dst/_LOG): write_json(dst/_LOG, asked)
+    earlier = "features" not in have # a version that did not note of which features they are
+    compared = [k for k in asked if k != "features" or not earlier]
+    if diff := next((k for k in compared if have.get(k) != asked[k]), None):
+        raise InputError(f"{dst} holds pickles with {diff} = {shown(have.get(diff))}, not "
+                         f"{shown(asked[diff])}: choose another folder, or the same settings")
+    if not earlier:
+        with _writing(dst/_LOG): write_json(dst/_LOG, asked)
     for i, idxs in enumerate(parts):
         files.append(dst/f"embeddings_shard_{i:05d}_{first['mode']}.pkl")
-        if not files[-1].exists(): _dump(_seed_dict(ds, idxs, i, layout, dtype), files[-1]); new += len(idxs)
+        if not files[-1].exists():
+            _dump(_seed_dict(ds, idxs, i, layout, dtype), files[-1])
+            new += len(idxs)
+        elif earlier: _same_pickle(files[-1], _seed_dict(ds, idxs, i, layout, dtype))
+    if earlier:
+        with _writing(dst/_LOG): write_json(dst/_LOG, asked)
     m = dict(total_shards=len(parts), total_samples=len(ds), failed_shards=[], extraction_mode=first["mode"], tokens_per_sample=first["tokens"],
              token_info=dict(tokens_per_sample=first["tokens"], include_cls=first["include_cls"]), format_version=first["format_version"], config=first)
     with _writing(dst/_MANIFEST): write_json(dst/_MANIFEST, m)

@@ -6,7 +6,8 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/dit.html.md"""
 
 # %% auto #0
 __all__ = ['TIME_WIDTH', 'MAX_TOKENS', 'PRESETS', 'time_embedding', 'SwiGLU', 'modulate', 'rms_norm', 'Block', 'swiglu_width',
-           'check_types', 'BLIP3oDiTConfig', 'WideHead', 'CondCache', 'Pretrained', 'BLIP3oDiT', 'forward_flops']
+           'check_types', 'network_task', 'BLIP3oDiTConfig', 'WideHead', 'CondCache', 'Pretrained', 'BLIP3oDiT',
+           'forward_flops']
 
 # %% ../nbs/07_dit.ipynb #0ec4406d
 import importlib, re, warnings
@@ -18,7 +19,8 @@ import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
 from safetensors import SafetensorError, safe_open
-from .core import InputError, Config, get_task, layout_of, load_tensors, os_error, read_json, save_tensors, write_json
+from .core import (SHIPPED, TASKS, Config, InputError, Task, get_task, layout_of, load_tensors,
+                            os_error, read_json, save_tensors, write_json)
 from .rope import axis_channels, grid_positions, rope_table
 from .attention import Attention, RMSNorm
 
@@ -95,6 +97,15 @@ def check_types(
         if not fits or kind in (int, float) and not abs(v) < 2**31: raise InputError(f"{f.name} is {v!r:.80}: give {_KINDS[kind]}")
         if f.name.endswith("_tokens") and v > MAX_TOKENS: raise InputError(f"{f.name} is {v}: choose at most {MAX_TOKENS:,}")
 
+def network_task(
+    task:str|Task # a task of your own, or the name of one
+) -> str:
+    "The name of a shipped task with the same two features, which is all that a network knows of its task"
+    task = get_task(task)
+    same = [n for n, t in SHIPPED.items() if (t.target, t.cond) == (task.target, task.cond)]
+    if task.name in SHIPPED or not same: return task.name
+    return same[0]
+
 @dataclass
 class BLIP3oDiTConfig(Config):
     "Sizes of the network; raises `InputError` for values that do not go together"
@@ -108,7 +119,7 @@ class BLIP3oDiTConfig(Config):
     num_tokens: int = 257               # tokens that are generated
     cond_tokens: int|None = None        # tokens that condition; default: num_tokens
     prediction_type: str = "sample"     # what the answer means: "sample", "velocity" or "epsilon"
-    task: str = "clip_generation"       # decides which embedding size is the target's
+    task: str = "clip_generation"       # decides which embedding size is the target's; see `network_task`
     fusion: bool = True                 # add the conditioning token by token; off where the two layouts differ
     rope_theta: float = 100.            # see `05_rope`
     rope_axes: int = 2                  # 3: a third axis tells CLS from patches
@@ -120,7 +131,9 @@ class BLIP3oDiTConfig(Config):
     feature_scale: float = 1.           # multiplies xt on the way in and divides the answer: sqrt(D) for tokens of norm 1
 
     def __post_init__(self):
+        if isinstance(self.task, Task): self.task = network_task(self.task)
         check_types(self)
+        if self.task in TASKS: self.task = network_task(self.task)
         self.check_positive(but=("task", "prediction_type", "fusion", "qk_norm", "sandwich_norm"), or_zero=("cond_dropout", "head_width"))
         if self.intermediate_size is None: self.intermediate_size = swiglu_width(self.hidden_size)
         if self.cond_tokens is None: self.cond_tokens = self.num_tokens

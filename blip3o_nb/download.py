@@ -94,22 +94,46 @@ def _sha256(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def _begun(out, repo): # the commit that the folder was begun with, or None
-    state = read_json(f) if (f := out/".download/state.json").exists() else {"repo": repo}
-    if not (isinstance(state, dict) and isinstance(state.get("commit"), (str, type(None)))): raise InputError(f"{out/'.download/state.json'} is no record of a download: delete it, or use another --out")
+    f = out/".download/state.json"
+    state = read_json(f) if f.exists() else {"repo": repo}
+    if not (isinstance(state, dict) and isinstance(state.get("commit"), (str, type(None)))):
+        raise InputError(f"{f} is no record of a download: delete it, or use another --out")
     if state.get("repo") != repo: raise InputError(f"{out} holds files of {state.get('repo')}: use another --out for {repo}")
     return state.get("commit")
 
-def _record(out, path, sha): # append to the list of complete files
+def _add(out, name, *fields): # a line to a list in `.download`
     (out/".download").mkdir(exist_ok=True)
-    with open(out/".download/SHA256SUMS", "a", encoding="utf-8") as f: f.write(f"{sha}  {path}\n")
+    with open(out/".download"/name, "a", encoding="utf-8") as f: f.write("  ".join(map(str, fields)) + "\n")
+
+def _list(out, name): # path -> first field
+    f = out/".download"/name
+    lines = f.read_text(encoding="utf-8", errors="replace").splitlines() if f.exists() else []
+    return {path: first for first, _, path in (l.partition("  ") for l in lines)}
+
+def _record(out, path, sha): # append to the list of complete files
+    _add(out, "SHA256SUMS", sha, path)
+    _add(out, "TIMES", (out/path).stat().st_mtime_ns, path)
+
+def _untouched(out, path, times): # since it was listed
+    s, known = (out/path).stat(), times.get(path)
+    if known is not None: return known == str(s.st_mtime_ns)
+    sums = (out/".download/SHA256SUMS").stat() # of an earlier version, which kept no times
+    return max(s.st_mtime_ns, s.st_ctime_ns) <= sums.st_mtime_ns
 
 def _present(out, files): # the paths of those that are there already
-    sums, there = out/".download/SHA256SUMS", [f for f in files if (out/f[0]).exists()]
-    listed = {p: h for h, _, p in (l.partition("  ") for l in sums.read_text(encoding="utf-8", errors="replace").splitlines())} if sums.exists() else {}
+    listed, times = _list(out, "SHA256SUMS"), _list(out, "TIMES")
+    there = [f for f in files if (out/f[0]).exists()]
     for p, size, sha in there:
         same = (out/p).stat().st_size == size
-        if same and p not in listed: listed[p] = _sha256(out/p); _record(out, p, listed[p])
-        if not same or sha not in (None, listed[p]): raise InputError(f"{out/p} is there and is not the file of this name in the repository: delete it, or use another --out")
+        if same and not (p in listed and _untouched(out, p, times)):
+            got = _sha256(out/p)
+            same = sha in (got, None) and listed.get(p, got) == got
+            if same and p in listed: _add(out, "TIMES", (out/p).stat().st_mtime_ns, p)
+            elif same: _record(out, p, got)
+        elif same: same = sha in (None, listed[p])
+        if not same:
+            raise InputError(f"{out/p} is there and is not the file of this name in the repository: delete "
+                             "it, or use another --out")
     return {p for p, *_ in there}
 
 # %% ../nbs/04c_download.ipynb #27ed9d55

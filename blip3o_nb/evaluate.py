@@ -6,8 +6,9 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/evaluate.html.md"""
 
 # %% auto #0
 __all__ = ['GROUPS', 'MAIN', 'LESS_IS_MORE', 'SET_SIZE', 'FIT_SIZE', 'SOLVERS', 'STEPS_SIZE', 'Row', 'difference', 'judge_tokens',
-           'text_side', 'judge_embeddings', 'check_finite', 'collect', 'Report', 'notes_of', 'Samples', 'fit_baselines',
-           'load_all', 'methods_of', 'splits_of', 'facts_of', 'evaluate', 'embeddings_of', 'row_of']
+           'text_side', 'labels_of', 'judge_embeddings', 'check_finite', 'collect', 'Report', 'notes_of', 'Samples',
+           'fit_baselines', 'load_all', 'methods_of', 'splits_of', 'facts_of', 'identity', 'evaluate', 'bands',
+           'embeddings_of', 'row_of']
 
 # %% ../nbs/14_evaluate.ipynb #82696a9a
 import hashlib, json, shutil, tempfile, warnings
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 import torch, torch.nn.functional as F
 from tqdm.auto import tqdm
 from .baselines import CopyBaseline, MeanBaseline, MLPBaseline, ProcrustesBaseline, RidgeBaseline
-from .core import InputError, load_tensors, save_tensors, sha256_file
+from .core import InputError, Task, load_tensors, save_tensors, sha256_file
 from .inference import Pipeline, check_contract
 from .metrics import (QUALITY, Score, bootstrap, chance_level, cka, class_embeddings, derangement, diversity, frechet_distance, half_sampling, knn_overlap,
                                patch_cosine, quality_band, retrieval, spread_error, sphere_violation, token_scores, unique_captions,
@@ -75,23 +76,40 @@ def judge_tokens(
 def text_side(
     pipe:Pipeline,
     data:FeatureDataset, # whose captions are the candidates
-    classes:dict|None=None # key -> name of the picture's class
+    classes:dict|None=None # key -> name of the image's class
 ) -> SimpleNamespace: # `pool`, `names`, `texts`, `own`, `class_names`, `class_emb`, `labels`, `why`
     "What the target encoder's text tower makes of captions and classes; empty, with the reason, where there is none"
     side = SimpleNamespace(pool=None, names=[], texts=None, own=None, class_names=[], class_emb=None, labels=None, why="")
     try: enc = pipe.encoder(pipe.task.target)
-    except InputError as e: side.why = f"no embeddings by the encoder itself, the mean token stands for them ({e})"; return side
+    except InputError as e:
+        side.why = f"no embeddings by the encoder itself, the mean token stands for them ({e})"
+        return side
     side.pool = pipe.pool
-    if enc.tower.tokenize is None: side.why = "no captions: the target encoder has no tokenizer"; return side
+    if enc.tower.tokenize is None:
+        side.why = "no captions: the target encoder has no tokenizer"
+        return side
     if any(data.captions):
         side.names, side.own = unique_captions(data.captions)
         side.texts = enc.encode_text(side.names).float().cpu()
     else: side.why = "no retrieval: the features have no captions"
     if classes:
-        side.labels = torch.tensor([(names := list(dict.fromkeys(sorted(classes.values())))).index(classes[k]) if k in classes else -1 for k in data.keys])
-        side.class_names, side.class_emb = names, class_embeddings(enc.encode_text, names).float().cpu()
-        if (side.labels < 0).all(): raise InputError(f"no held-out picture of {data.folder} has a class: the table of classes names other keys, such as '{next(iter(classes))}'")
+        side.class_names, side.labels = labels_of(data, classes)
+        side.class_emb = class_embeddings(enc.encode_text, side.class_names).float().cpu()
     return side
+
+def labels_of(
+    data:FeatureDataset,
+    classes:dict # key -> name of the image's class
+) -> tuple: # names of the classes, and the position of each image's own among them `[n]`, -1 for none
+    "The classes of these images; raises `InputError` where the table has none of them"
+    names = sorted(set(classes.values()))
+    at = {name: i for i, name in enumerate(names)}
+    labels = torch.tensor([at[classes[k]] if k in classes else -1 for k in data.keys])
+    if (labels < 0).all():
+        raise InputError(f"no image of {data.folder} that is judged has a class: the table of classes names "
+                         f"other keys, such as '{next(iter(classes))}' where the features have "
+                         f"'{data.keys[0]}'")
+    return names, labels
 
 SET_SIZE = 2000 # images that measures of sets look at: all pairs of them are compared
 
@@ -158,7 +176,11 @@ class Report:
     record: dict = field(default_factory=dict)  # of the training
     keys: list = field(default_factory=list)    # of the images
     side: SimpleNamespace|None = None           # from `text_side`
-    def row(self, name) -> Row: return next(r for r in self.rows if r.name == name)
+    def row(self, name) -> Row:
+        "The row of that name; raises `InputError` with the known names"
+        for r in self.rows:
+            if r.name == name: return r
+        raise InputError(f"the report has no row '{name}': it has {', '.join(r.name for r in self.rows)}")
     @property
     def main(self) -> Row: # the checkpoint that the report is about
         return self.row(self.facts["judged"])
@@ -229,17 +251,25 @@ def fit_baselines(
 # %% ../nbs/14_evaluate.ipynb #88b52f08
 def load_all(
     checkpoints, # a folder, a list of folders, or a dict of them by name
-    task:str|None=None
+    task:str|Task|None=None
 ) -> dict: # name -> `Pipeline`
     "The checkpoints by name; raises `InputError` where they are of different tasks"
     if isinstance(checkpoints, (str, Path)): checkpoints = [checkpoints]
     folders = list(checkpoints.values() if isinstance(checkpoints, dict) else checkpoints)
     if not folders: raise InputError("no checkpoint to evaluate: name at least one folder")
     pipes = [Pipeline.from_pretrained(f, task) for f in folders]
+    def said(p): return f"'{p.task.name}' ({p.task.target} from {p.task.cond})"
     for f, p in zip(folders, pipes):
-        if p.task != pipes[0].task: raise InputError(f"{folders[0]} was trained for task '{pipes[0].task.name}', {f} for '{p.task.name}': evaluate them apart")
+        if p.task != pipes[0].task:
+            raise InputError(f"{folders[0]} was trained for task {said(pipes[0])}, {f} for {said(p)}: "
+                             "evaluate them apart")
+        if (p.target_norm.mode == "l2") != (pipes[0].target_norm.mode == "l2"):
+            raise InputError(f"of {folders[0]} and {f} one generates directions and the other tokens with "
+                             "their norm: evaluate them apart")
     if isinstance(checkpoints, dict): return dict(zip(checkpoints, pipes))
-    kinds = [(f"{n} " if p.objective == "flow" and (n := path_dict(p.path)["name"]) != p.task.path else "") + p.objective for p in pipes]
+    paths = [path_dict(p.path)["name"] for p in pipes]
+    other = [p.objective == "flow" and n != p.task.path for n, p in zip(paths, pipes)]
+    kinds = [f"{n} flow" if o else p.objective for n, o, p in zip(paths, other, pipes)]
     names = [kinds, [Path(f).name for f in folders], [str(f) for f in folders]]
     return {next((n[i] for n in names if n.count(n[i]) == 1), f"{folders[i]} ({i+1})"): p for i, p in enumerate(pipes)}
 
@@ -260,7 +290,10 @@ def methods_of(
     def by(pipe, idxs, cond, real, k=1, **kw):
         k = k if pipe.objective == "flow" else 1
         return torch.stack([pipe(cond, seed=seed + j, first=int(idxs[0]), **kw) for j in range(k)]).squeeze(0)
-    def add(name, role, f): methods[name], roles[name] = f, role
+    def add(name, role, f):
+        if name in methods or name == "steps":
+            raise InputError(f"a report has a row '{name}' of its own: choose another name")
+        methods[name], roles[name] = f, role
     for b in fitted: add(b.name, roles.get(b.name, "baseline"), lambda idxs, cond, real, b=b: b.generate(cond))
     add("shuffled conditioning", "floor", lambda idxs, cond, real: by(pipes[main], idxs, data.rows(cond_of, other[idxs]), real, samples))
     for n, m in others.items(): add(n, "model", lambda idxs, cond, real, m=m: m.generate(cond, seed=seed))
@@ -302,6 +335,21 @@ def facts_of(pipes:dict, judged:str, train:FeatureDataset, data:FeatureDataset, 
             **{k: v for k, v in pipe.training.items() if k != "record"}}
 
 # %% ../nbs/14_evaluate.ipynb #63b82763
+def identity(
+    pipes:dict, others:dict, # from `load_all`; name -> anything with `generate`
+    data:FeatureDataset,
+    *options
+) -> str: # of twelve digits
+    "A hash of all that decides about parts: files, features, options and what other methods answer"
+    files = ("config.json", "flow.json", "model.safetensors", "normalizers.safetensors")
+    cond = data.rows(next(iter(pipes.values())).task.cond, torch.arange(min(2, len(data))))
+    def answer(m):
+        x = m.generate(cond, seed=0).float().cpu().contiguous()
+        return hashlib.sha256(x.numpy().tobytes()).hexdigest()
+    what = [{n: [sha256_file(p.folder/f) for f in files] for n, p in pipes.items()},
+            {n: answer(m) for n, m in others.items()}, data._fingerprint(), *options]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
 def evaluate(
     checkpoints,             # folder that `save_checkpoint` left, a list of them, or a dict by name; the first flow among them is judged
     embeddings_dir:str|Path, # feature shards
@@ -310,29 +358,40 @@ def evaluate(
     num_samples:int=0,       # the first so many images; 0 is all
     samples:int=4,           # of each image, by a flow
     classes:dict|None=None,  # key -> name of the picture's class, for zero-shot classification
-    task:str|None=None,      # refuse checkpoints of another
+    task:str|Task|None=None, # refuse checkpoints of another
     others:dict|None=None,   # name -> fitted method with `generate(cond, seed)`, judged in rows of their own
     seed:int=0, bs:int=32, progress:bool=True
 ) -> Report:
     "Score checkpoints between floor and ceiling; raises `InputError` for what cannot be judged fairly"
-    pipes = load_all(checkpoints, task)
+    if min(bs, samples) < 1: raise InputError(f"bs is {bs} and samples is {samples}: choose at least 1")
+    pipes, others = load_all(checkpoints, task), others or {}
     train, data, leaks = splits_of(pipes, embeddings_dir, split, num_samples)
     pipe = next(iter(pipes.values()))
     unit = partial(F.normalize, dim=-1) if pipe.target_norm.mode == "l2" else None # such a task generates directions
-    fitted, missing = fit_baselines(Samples(FeatureDataset(embeddings_dir, "train", pipe.held_out, FIT_SIZE), pipe.task, unit))
-    methods, roles, judged, solvers = methods_of(pipes, fitted, others or {}, data, samples, seed)
+    some = FeatureDataset(embeddings_dir, "train", pipe.held_out, FIT_SIZE)
+    fitted, missing = fit_baselines(Samples(some, pipe.task, unit))
+    methods, roles, judged, solvers = methods_of(pipes, fitted, others, data, samples, seed)
     center, side = fitted[0].mean, text_side(pipe, data, classes)
-    what = [[sha256_file(p.folder/f) for p in pipes.values() for f in ("model.safetensors", "flow.json")], list(pipes), list(others or {}), data._fingerprint(), samples, seed, bs, side.why]
     with tempfile.TemporaryDirectory() as tmp:
-        parts = Path(out or tmp)/f"parts-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}"
-        got = collect(methods, data, pipe.task, center, parts, side.pool, unit, partial(solvers, center=center), bs, progress)
+        parts = Path(out or tmp)/f"parts-{identity(pipes, others, data, samples, seed, bs, side.why)}"
+        solvers = partial(solvers, center=center)
+        got = collect(methods, data, pipe.task, center, parts, side.pool, unit, solvers, bs, progress)
     others_real = embeddings_of(train, pipe.task, side.pool, unit, len(data))
-    report = Report([row_of(n, roles[n], got, side, others_real, seed) for n in methods], facts_of(pipes, judged, train, data, leaks, samples, seed), record=pipes[judged].training.get("record", {}),
-                    steps={k.removeprefix("steps/"): bootstrap(v, seed=seed) for k, v in got.items() if k.startswith("steps/")}, keys=data.keys, side=side)
-    cosine, kinds = report.main.scores["cosine"].value, [pipe.task.target, "general", *(["overfit"] if split == "train" else [])]
-    report.facts["bands of earlier work"] = "; ".join(f"{k}: {quality_band(k, cosine)} ({', '.join(f'{n} from {v}' for n, v in QUALITY[k].items())})" for k in kinds)
+    rows = [row_of(n, roles[n], got, side, others_real, seed) for n in methods]
+    by_steps = {k.removeprefix("steps/"): v for k, v in got.items() if k.startswith("steps/")}
+    steps = {k: bootstrap(v, seed=seed) for k, v in by_steps.items()}
+    report = Report(rows, facts_of(pipes, judged, train, data, leaks, samples, seed), steps=steps,
+                    record=pipes[judged].training.get("record", {}), keys=data.keys, side=side)
+    report.facts["bands of earlier work"] = bands(report, pipe.task.target, split)
     report.notes = notes_of(report, pipe.task) + missing
     return report
+
+def bands(report:Report, target:str, split:str) -> str:
+    "Where earlier work would have placed the cosine"
+    kinds, cosine = [target, "general"], report.main.scores["cosine"].value
+    if split == "train": kinds.append("overfit")
+    def limits(k): return ", ".join(f"{n} from {v}" for n, v in QUALITY[k].items())
+    return "; ".join(f"{k}: {quality_band(k, cosine)} ({limits(k)})" for k in kinds)
 
 def embeddings_of(data:FeatureDataset, task, pool=None, unit=None, n:int=SET_SIZE, bs:int=64) -> torch.Tensor: # `[n, E]`
     "Embeddings of the real tokens of the first pictures"
@@ -346,7 +405,9 @@ def row_of(
     seed:int
 ) -> Row:
     "A row from what was collected"
-    values = {k.removeprefix(f"{name}/"): v for k, v in got.items() if k.startswith(f"{name}/")}
+    parts = [k.rpartition("/") for k in got] # a name may have a slash, a measure has none
+    measures = [m for n, _, m in parts if n == name]
+    values = {m: got[f"{name}/{m}"] for m in measures}
     spread, error, patches, emb = (values.pop(k, None) for k in ("spread", "error", "patches", "embedding"))
     more, sets = judge_embeddings(emb, got["real tokens/embedding"], side, seed)
     if name == "real tokens" and "Fréchet" in sets: # its distance to itself says nothing

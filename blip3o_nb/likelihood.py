@@ -12,8 +12,8 @@ import math
 from typing import NamedTuple
 import numpy as np, torch
 from .core import InputError
-from .paths import LinearPath, SlerpPath, check_prediction_type
-from .samplers import VelocityField, rk_step
+from .paths import LinearPath, SlerpPath
+from .samplers import VelocityField, bare, evaluating, prediction_of, rk_step
 
 # %% ../nbs/09b_likelihood.ipynb #07344822
 def divergence(
@@ -34,8 +34,11 @@ def divergence(
 def log_noise(path, x:torch.Tensor) -> torch.Tensor: # `[B, ..., D]` -> `[B]`
     "Log density of a path's noise"
     d, rows = x.shape[-1], x.flatten(1)
-    if isinstance(path, SlerpPath): return x.new_full((len(x),), -rows.shape[1]/d*(math.log(2) + d/2*math.log(math.pi) - math.lgamma(d/2)))
-    return -.5*(rows/path.sigma_max).square().sum(1) - rows.shape[1]*(math.log(path.sigma_max) + .5*math.log(2*math.pi))
+    if isinstance(path, SlerpPath):
+        area = math.log(2) + d/2*math.log(math.pi) - math.lgamma(d/2) # logarithm, of one sphere
+        return x.new_full((len(x),), -rows.shape[1]/d*area)
+    normal = math.log(path.sigma_max) + .5*math.log(2*math.pi)
+    return -.5*(rows/path.sigma_max).square().sum(1) - rows.shape[1]*normal
 
 class Likelihood(NamedTuple):
     "Log density of points under a flow, and what it was made of"
@@ -56,12 +59,15 @@ def log_likelihood(
 ) -> Likelihood:
     "Log density that the flow gives each point; raises `InputError` for too few nodes"
     if nodes < 2: raise InputError(f"nodes is {nodes}: at least 2 are needed")
-    p = check_prediction_type(prediction_type or getattr(getattr(model, "config", None), "prediction_type", "velocity"))
-    z, w = np.polynomial.legendre.leggauss(nodes)
-    field, spread = (VelocityField(model, cond, path, p) for _ in range(2)) # each counts its own evaluations
-    x, t, integral = path.project(x1), 1., 0.
-    for u, weight in zip((z[::-1] + 1)/2, w[::-1]/2):
-        x, t = rk_step("rk4", field, path, x, t, float(u)), float(u)
-        integral = integral + float(weight)*divergence(lambda y, t: spread(path.project(y), t), x, t, probes, generator)
-    x = rk_step("ralston" if field.singular == 0. else "rk4", field, path, x, t, 0.)
+    model = bare(model)
+    kind, (z, w) = prediction_of(model, prediction_type), np.polynomial.legendre.leggauss(nodes)
+    field = VelocityField(model, cond, path, kind)
+    spread = VelocityField(model, cond, path, kind) # each counts its own evaluations
+    x, t, integral = path.project(x1.to(torch.promote_types(x1.dtype, torch.float32))), 1., 0.
+    with evaluating(model):
+        for u, weight in zip((z[::-1] + 1)/2, w[::-1]/2):
+            x, t = rk_step("rk4", field, path, x, t, float(u)), float(u)
+            rate = divergence(lambda y, t: spread(path.project(y), t), x, t, probes, generator)
+            integral = integral + float(weight)*rate
+        x = rk_step("ralston" if field.singular == 0. else "rk4", field, path, x, t, 0.)
     return Likelihood(log_noise(path, x) - integral, x, field.nfe)

@@ -13,24 +13,48 @@ import torch
 from .core import HELD_OUT, InputError, Task, get_task, is_held_out
 from .extract import Pixels, checked
 from .images import read_images
-from .loading import FeatureStats, task_loaders
+from .loading import Batch, FeatureStats, task_loaders
 
 # %% ../nbs/04b_online.ipynb #2eef1e5d
+def _decode(pixels, split, idxs):
+    "An item of `Pixels`, the positions in the batch that are missing from it, and whether it is a stand-in"
+    item = pixels[0, [split[i] for i in idxs]]
+    keys = [pixels.source.keys[split[i]] for i in idxs]
+    missing = [p for p, k in enumerate(keys) if k in item[2]] if item[1] is not None else []
+    if len(missing) < len(idxs): return item, missing, False
+    for i in split[:64]: # only as far as nothing was read
+        _, about, skipped, px = pixels[0, [i]]
+        if about is None: return (0, about, skipped, px), missing, True
+        item = 0, about, {**item[2], **skipped}, px
+        if px: break
+    return item, missing[1:], True
+
+def _finite(made, about, missing, skipped):
+    "Leave out images whose tokens are not finite; raises `InputError` where those of all are not"
+    fine = torch.stack([x.isfinite().flatten(1).all(1) for x in made.values()]).all(0)
+    if fine.all(): return made, missing
+    fine = fine.tolist()
+    if not any(fine):
+        raise InputError(f"the tokens of '{about[0][0]}' and of all others of its batch are not finite: "
+                         "check the encoders")
+    there = [p for p in range(len(about) + len(missing)) if p not in missing]
+    for (key, *_), ok in zip(about, fine):
+        if not ok: skipped[key] = "its tokens are not finite"
+    return {n: x[fine] for n, x in made.items()}, [*missing, *(p for p, ok in zip(there, fine) if not ok)]
+
 def _tokens(encoders, task, skipped, batch):
     "Pixels to `(cond, target)`, `[B, N, D]` float32"
-    _, about, bad, px = checked(batch)
+    item, missing, stand_in = batch
+    _, about, bad, px = checked(item)
     skipped.update(bad)
-    if not px: raise InputError(f"no picture of {len(bad)} can be read, first {next(iter(bad.items()))}: check the files")
+    if not px:
+        raise InputError(f"no image of {len(bad)} can be read, first {next(iter(bad.items()))}: check the "
+                         "files")
     made = {n: encoders[n].tokens(px[0] if n == "clip" else px[-1]).float() for n in {task.cond, task.target}}
-    return made[task.cond], made[task.target]
-
-def _decode(pixels, split, idxs):
-    item = pixels[0, [split[i] for i in idxs]]
-    for i in split[:64]: # only as far as nothing was read
-        if item[3] or item[1] is None: break
-        _, about, skipped, px = pixels[0, [i]]
-        item = (0, about, {**item[2], **skipped} if about is not None else skipped, px)
-    return item
+    made, missing = _finite(made, about, missing, skipped)
+    out = Batch((made[task.cond], made[task.target]))
+    out.missing, out.stand_in = frozenset(missing), stand_in
+    return out
 
 def online_dls(
     images,                         # what `read_images` takes, or an `ImageSource`
@@ -42,19 +66,28 @@ def online_dls(
     max_samples:int|None=None,      # train on the first so many; the held-out split stays whole
     stats_samples:int=512           # training pictures that the statistics are estimated from
 ): # what `feature_dls` returns, and `.skipped`: key -> reason
-    "Batches `(cond, target)` `[B, N, D]` float32 of pictures, made by the encoders as they are asked for; raises `InputError` as `feature_dls` does"
+    "Batches `(cond, target)` `[B, N, D]` float32, made when they are needed; raises as `feature_dls`"
     source, task = read_images(images), get_task(task)
     sides = [[i for i, k in enumerate(source.keys) if is_held_out(k, share) == held] for held in (False, True)]
-    splits, encoders, pixels, skipped = (sides[0][:max_samples], sides[1]), dict(clip=clip, eva=eva), Pixels(source, clip, eva), dict(source.skipped)
+    splits, encoders = (sides[0][:max_samples], sides[1]), dict(clip=clip, eva=eva)
+    pixels, skipped = Pixels(source, clip, eva), dict(source.skipped)
     after, device = partial(_tokens, encoders, task, skipped), (clip if "clip" in (task.cond, task.target) else eva).device
     def stats(name):
         some = torch.randperm(len(splits[0]), generator=torch.Generator().manual_seed(seed))[:stats_samples].tolist()
-        batches = (_decode(pixels, splits[0], some[i:i + bs]) for i in range(0, len(some), bs))
-        made = [FeatureStats.of(encoders[name].tokens((px[0] if name == "clip" else px[-1]).to(device)).cpu()) for *_, px in map(checked, batches) if px]
-        if not made: raise InputError(f"none of {len(some)} pictures of {source.path} can be read: check the files")
+        batches = (pixels[0, [splits[0][j] for j in some[i:i + bs]]] for i in range(0, len(some), bs))
+        made = []
+        for *_, px in map(checked, batches):
+            if not px: continue
+            x = encoders[name].tokens((px[0] if name == "clip" else px[-1]).to(device)).cpu()
+            fine = x.isfinite().flatten(1).all(1)
+            if fine.any(): made.append(FeatureStats.of(x if fine.all() else x[fine]))
+        if not made:
+            raise InputError(f"none of {len(some)} images of {source.path} can be read: check the files")
         return sum(made, FeatureStats())
     keys = tuple([source.keys[i] for i in s] for s in splits)
-    dls = task_loaders(splits, keys, tuple(partial(_decode, pixels, s) for s in splits), task, {"clip": clip.contract, "eva": eva.contract}, stats,
-                       bs, seed, num_workers, device, str(source.path), share, after=after)
+    fetch = tuple(partial(_decode, pixels, s) for s in splits)
+    contract = {"clip": clip.contract, "eva": eva.contract}
+    dls = task_loaders(splits, keys, fetch, task, contract, stats, bs, seed, num_workers, device,
+                       str(source.path), share, after=after)
     dls.skipped = skipped
     return dls

@@ -136,7 +136,7 @@ class ShardWriter:
         self.folder, self.dtype, self.shard_size = Path(folder), dtype, shard_size
         self.contract = json.loads(json.dumps(contract))
         self.shapes, self.parts, self.held = {}, {}, {}                        # by number of the shard: what its file says, and its keys
-        self.done, self.known = set(), {}                                      # keys that are stored; of the first of each shard: key -> image hash
+        self.done = set()                                                      # keys that are stored
         self.unusable, self.plan = {}, None                                    # for `extract`: pictures that are in no shard, with reasons; what the shards hold
         self.buffer, self.pending, self.left_out, self._job = {}, [], {}, None
         self._resume()
@@ -168,8 +168,17 @@ class ShardWriter:
             f, (h, at, _) = self.folder/p["file"], _header_of(self.folder, p) if p["samples"] else (dict(keys=[], contract=self.contract), {}, "")
             _same_contract(f if p["samples"] else self.folder, h["contract"], self.contract)
             if p["samples"] != len(h["keys"]) or p["samples"] and {n: at.get(n, (0, 0, [0]))[2][1:] for n in FEATURES} != p["shapes"]: raise InputError(f"{f} does not hold what {f.stem}.json says: restore it, or delete both, which are then made again")
-            self.held[n] = h["keys"]; self.done.update(h["keys"]); self.expect(p["shapes"])
-            if h["keys"]: self.known[h["keys"][0]] = h["image_hashes"][0]
+            self.held[n] = h["keys"]
+            self.done.update(h["keys"])
+            self.expect(p["shapes"])
+
+    def stored(self):
+        "Of each shard: its number, when it was written (ns), and (key, caption, image hash) of its samples"
+        for n, p in sorted(self.parts.items()):
+            if not p["samples"]: continue
+            h = _header_of(self.folder, p)[0]
+            rows = list(zip(h["keys"], h["captions"], h["image_hashes"]))
+            yield n, (self.folder/p["file"]).stat().st_mtime_ns, rows
 
 # %% ../nbs/02_shards.ipynb #42fc1f56
 @patch
