@@ -10,13 +10,11 @@ __all__ = ['same_pixels', 'plan_shards', 'part_size', 'Pixels', 'checked', 'chan
 # %% ../nbs/04_extract.ipynb #dd137a33
 import hashlib, json, os
 from pathlib import Path
-import numpy as np
 import torch
-from fastcore.basics import patch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from .core import InputError, ranks, reading_ahead
-from .images import FolderSource, TarSource, Unreadable, read_images
+from .images import Unreadable, read_images
 from .pictures import ImageSource, caption_of
 from .shards import DTYPES, FeatureDataset, ShardWriter
 
@@ -96,19 +94,6 @@ def _store(w, about, *tokens) -> bool: # whether any could be stored
     return True
 
 # %% ../nbs/04_extract.ipynb #62fa8b17
-@patch
-def paths(self:ImageSource, i:int) -> list:
-    "The files whose times tell whether image `i` or its caption was changed; not all of them need exist"
-    return []
-
-@patch
-def paths(self:FolderSource, i:int) -> list:
-    stem = os.path.join(self.root, self._odd.get(i, self.keys[i]))
-    return [stem + e for e in (self._suffixes[self._which[i]], ".txt", ".json")]
-
-@patch
-def paths(self:TarSource, i:int) -> list: return [self.archives[np.searchsorted(self._ends, i, side="right")]]
-
 def _touched(paths):
     "When the newest of these files was last changed or put in its place (ns)"
     times = [0]
@@ -120,10 +105,12 @@ def _touched(paths):
 
 def _now(source, i):
     "SHA-256 and caption of an image as it is now, without decoding it; None where it cannot be read"
-    try: files = source.files(i)
+    try:
+        files = source.files(i)
+        caption = source._captions and source._captions[i] or caption_of(files)
     except (OSError, Unreadable): return None, None
     data = next(b for e, b in files.items() if e not in ("txt", "json"))
-    return hashlib.sha256(data).hexdigest(), source._captions and source._captions[i] or caption_of(files)
+    return hashlib.sha256(data).hexdigest(), caption
 
 def changed(
     source:ImageSource,

@@ -174,6 +174,7 @@ class TarSource(ImageSource):
             self._open[slot] = opened = who, _open_tar(self.archives[n])
         return opened[1]
 
+    def paths(self, i): return [self.archives[np.searchsorted(self._ends, i, side="right")]]
     def files(self, i):
         i, got = range(len(self))[i], {}
         n, names = int(np.searchsorted(self._ends, i, side="right")), (EXTENSIONS[self._exts[i]], *TEXTS)
@@ -296,11 +297,14 @@ class FolderSource(ImageSource):
         return left + [(name, "no picture among its files") for name, slot in alone
                        if slot in self.beside or posixpath.splitext(name)[0].casefold() in other_case]
 
-    def files(self, i):
-        i, got = range(len(self))[i], {}
+    def paths(self, i):
+        i = range(len(self))[i]
         stem = os.path.join(self.root, self._odd.get(i, self.keys[i]))
-        for suffix in (self._suffixes[s] for s in self._which[3*i:3*i + 3] if s):
-            path = stem + suffix
+        return [stem + self._suffixes[s] for s in self._which[3*i:3*i + 3] if s]
+    def files(self, i):
+        got = {}
+        for path in self.paths(i):
+            suffix = os.path.splitext(path)[1]
             if os.path.islink(path) and not _inside(path, self.root):
                 raise Unreadable(f"its {suffix} is a link out of the folder now")
             if os.path.getsize(path) > MAX_BYTES: raise Unreadable(f"a file of more than {MAX_BYTES:,} bytes")

@@ -211,7 +211,7 @@ def features(self:Pipeline, x, progress:bool=False) -> torch.Tensor: # `[B, M, C
 def from_learner(cls:Pipeline, learn, **kw) -> Pipeline:
     "Of the averaged weights of a `flow_learner`; options as in `Pipeline`"
     flow, dls = learn.flow, learn.dls
-    return cls(learn.judged_model.eval(), dls.task, flow.target_norm, flow.cond_norm, dls.contract,
+    return cls(learn.judged_model, dls.task, flow.target_norm, flow.cond_norm, dls.contract,
                path=flow.path, objective=learn.objective, held_out=dls.share, **kw)
 
 # %% ../nbs/13_inference.ipynb #be8f515d

@@ -193,7 +193,7 @@ class FlowLearner(RestoringLearner):
     def judged_model(self) -> torch.nn.Module:
         "The network that is validated, sampled and saved: the average of the weights where one is kept"
         kept = self._grab_cbs(EMACallback)
-        return kept[0].averaged().module if kept else get_model(self.model)
+        return kept[0].averaged().module.eval() if kept else get_model(self.model)
     def add_cbs(self, cbs):
         "As fastai's; raises `InputError` for callbacks of fastai that would do harm, before any is added"
         for cb in L(cbs): check_callback(cb)

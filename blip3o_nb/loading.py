@@ -169,7 +169,8 @@ def _loader_class():
             return self.there(i, range((self.start + i)*self.bs*world + rank, self.n*world, world)[:self.bs])
         def batch_keys(self, i):
             "Keys of batch `i` of the epoch"
-            return self.there(i, [self.sample_keys[p] for p in self.order()[(self.start + i)*self.bs:][:self.bs]])
+            of_batch = self.order()[(self.start + i)*self.bs:][:self.bs]
+            return self.there(i, [self.sample_keys[p] for p in of_batch])
         @contextmanager
         def looking(self):
             "What is drawn in here changes neither the next epoch nor torch's generator"

@@ -206,6 +206,9 @@ class ImageSource:
     def files(self, i:int) -> dict: # extension -> bytes
         "The image of sample `i`, and the txt and json beside it"
         raise NotImplementedError
+    def paths(self, i:int) -> list:
+        "The files that hold image `i` and its caption, by whose times a change is noticed; empty where none are known"
+        return []
     def _gone(self): return False # is more missing than one image?
     def _skip(self, name, reason): self.skipped[clean_text(name)] = reason
 
