@@ -18,8 +18,9 @@ def read_classes(
 ) -> dict: # key -> class
     "Classes of images; raises `InputError` that names the line"
     from blip3o_nb.core import InputError
-    try: rows = list(csv.reader(Path(path).read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    from blip3o_nb.pictures import decode_text
+    try: rows = list(csv.reader(decode_text(Path(path).read_bytes()).splitlines()))
+    except (OSError, UnicodeError, csv.Error) as e:
         raise InputError(f"cannot read the classes in {path}: {getattr(e, 'strerror', None) or e}") from e
     known = {}
     for i, r in enumerate(rows, 1):
@@ -89,8 +90,9 @@ def blip3o_sample(
     from blip3o_nb.core import InputError, data_path
     check_options(bs=bs, limit=steps, seed=seed)
     if not abs(guidance_scale) < 1e6: raise InputError(f"--guidance-scale is {guidance_scale}: choose a number such as 1.5")
-    try: lines = [t for t in Path(texts).read_text(encoding="utf-8").splitlines() if t.strip()] if texts else []
-    except (OSError, UnicodeDecodeError) as e:
+    from blip3o_nb.pictures import decode_text
+    try: lines = [t for t in decode_text(Path(texts).read_bytes()).splitlines() if t.strip()] if texts else []
+    except (OSError, UnicodeError) as e:
         raise InputError(f"cannot read the captions in {texts}: {getattr(e, 'strerror', None) or e}") from e
     if texts and not lines:
         raise InputError(f"{texts} has no caption: write one on each line, or leave --texts out")

@@ -157,7 +157,7 @@ def images(self:Pipeline,
         x = list(x)
         if not x or not all(isinstance(i, (str, Path)) for i in x): return [self.image(i) for i in x]
     source = _files(x) if isinstance(x, list) and all(map(_image_file, x)) else read_images(x)
-    out, bad = [], dict(source.skipped)
+    out, bad = [], {k: why for k, why in source.skipped.items() if not k.lower().endswith((".txt", ".json"))}
     for i, key in enumerate(source.keys):
         try: out.append(source.sample(i, self.decoded_at(self.task.cond)).image)
         except Unreadable as e: bad[key] = str(e)
@@ -167,8 +167,9 @@ def images(self:Pipeline,
 
 @patch
 def image(self:Pipeline, x) -> Image.Image:
-    "A PIL image as it is, or of an array `[height, width, 3]` of bytes; raises `InputError` for others"
-    if isinstance(x, Image.Image): return x
+    "A PIL image upright in RGB, or that of an array `[height, width, 3]` of bytes; raises `InputError` for others"
+    from blip3o_nb.pictures import upright_rgb
+    if isinstance(x, Image.Image): return upright_rgb(x)
     if isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 3 and x.shape[-1] == 3:
         return Image.fromarray(x)
     what = f"an array of {x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
