@@ -280,7 +280,9 @@ def cond_cache(self:BLIP3oDiT,
 ) -> CondCache:
     "Project the conditioning for all blocks; a sampler does it once and passes the result in place of `cond`"
     c = self.config
-    if cond.ndim != 3 or cond.shape[1:] != (c.cond_tokens, c.cond_size): raise InputError(f"cond is {list(cond.shape)}: this network takes [B, {c.cond_tokens}, {c.cond_size}]")
+    if getattr(cond, "ndim", 0) != 3 or cond.shape[1:] != (c.cond_tokens, c.cond_size):
+        have = list(cond.shape) if torch.is_tensor(cond) else cond
+        raise InputError(f"cond is {have}: this network takes [B, {c.cond_tokens}, {c.cond_size}]")
     if drop is None and self.training and self.null is not None: drop = torch.rand(len(cond), device=cond.device) < self.config.cond_dropout
     if drop is not None:
         if self.null is None: raise InputError("this network has learned no answer without conditioning: build it with cond_dropout above 0")

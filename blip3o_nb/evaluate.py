@@ -102,6 +102,8 @@ def labels_of(
     classes:dict # key -> name of the image's class
 ) -> tuple: # names of the classes, and the position of each image's own among them `[n]`, -1 for none
     "The classes of these images; raises `InputError` where the table has none of them"
+    odd = [n for n in classes.values() if not isinstance(n, str)]
+    if odd: raise InputError(f"a class is {odd[0]!r}: give names")
     names = sorted(set(classes.values()))
     at = {name: i for i, name in enumerate(names)}
     labels = torch.tensor([at[classes[k]] if k in classes else -1 for k in data.keys])

@@ -192,7 +192,7 @@ def encoder(self:Pipeline, which:str): # "clip" or "eva"
 @patch
 def features(self:Pipeline, x, progress:bool=False) -> torch.Tensor: # `[B, M, C]` float32
     "Conditioning tokens as they are, or those of images; raises `InputError` for another shape"
-    if isinstance(x, np.ndarray) and x.dtype != np.uint8: x = torch.from_numpy(x)
+    if isinstance(x, np.ndarray) and x.dtype.kind == "f": x = torch.from_numpy(x)
     if not torch.is_tensor(x):
         if not (x := self.images(x)):
             raise InputError("there are no images to generate from: give at least one")
@@ -434,13 +434,16 @@ def _reused(file, source, first):
     "What a file of samples holds; raises `InputError` where it is none, or of other images"
     from blip3o_nb.extract import changed
     data, m = load_tensors(file)
-    try: about, hashes, bad = (json.loads(m[k]) for k in ("pictures", "hashes", "skipped"))
-    except (KeyError, ValueError) as e:
+    try:
+        about, hashes, bad = (json.loads(m[k]) for k in ("pictures", "hashes", "skipped"))
+        if not isinstance(bad, dict) or len(about) != len(hashes): raise ValueError("not as it was written")
+        keys = [a["key"] for a in about]
+    except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"{file} is no file of samples: delete it, it is made again") from e
     at = {k: first + i for i, k in enumerate(source.keys[first:first + len(about) + len(bad)])}
-    if not {a["key"] for a in about} <= set(at) or len(about) != len(hashes):
+    if not set(keys) <= set(at):
         raise InputError(f"{file} is no file of these samples: delete it, it is made again")
-    kept = [(at[a["key"]], h, None) for a, h in zip(about, hashes)]
+    kept = [(at[k], h, None) for k, h in zip(keys, hashes)]
     if found := changed(source, kept, file.stat().st_mtime_ns):
         raise InputError(f"{file.parent} holds samples of another image under the key '{found[0]}' than "
                          f"{source.path} has: choose another folder")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
-from .core import Config, InputError, layout_of
+from .core import Config, InputError, layout_of, read_json
 from .rope import grid_positions, rope_table, rotate
 from .attention import RMSNorm
 from .dit import Pretrained, SwiGLU, TIME_WIDTH, check_types, time_embedding
@@ -108,6 +108,9 @@ class NextDiT(Pretrained):
         cond:torch.Tensor # `[B, M, cond_size]`
     ) -> NextDiTCache:
         "Project the conditioning for all blocks; a sampler does it once and passes the result in place of `cond`"
+        if getattr(cond, "ndim", 0) != 3 or cond.shape[-1] != self.config.cond_size:
+            have = list(cond.shape) if torch.is_tensor(cond) else cond
+            raise InputError(f"cond is {have}: this network takes [B, M, {self.config.cond_size}]")
         cond = self.project(cond)
         return NextDiTCache(self.pool(cond.mean(1)), [b.cross.keys_values(b.cond_norm(cond)) for b in self.blocks])
 
@@ -116,7 +119,11 @@ class NextDiT(Pretrained):
         t,   # `[B]` or one for all, 0 is noise, 1 is data
         cond # `[B, M, cond_size]`, or what `cond_cache` made of it
     ): # velocity from noise to data `[B, N, target_size]`
-        blip3o, t = self.config.time == "blip3o", t.float().expand(len(xt))
+        c, blip3o = self.config, self.config.time == "blip3o"
+        if xt.ndim != 3 or xt.shape[1:] != (c.num_tokens, c.target_size):
+            raise InputError(f"xt is {list(xt.shape)}: this network takes "
+                             f"[B, {c.num_tokens}, {c.target_size}]")
+        t = t.float().expand(len(xt))
         if not isinstance(cond, NextDiTCache): cond = self.cond_cache(cond)
         temb = self.time(time_embedding(1000*(1 - t) if blip3o else t, scale=1.).to(self.inp.weight.dtype)) + cond.pooled
         x = self.through_blocks(self.inp(xt), temb, cond.kv)
@@ -179,15 +186,33 @@ def _prefix(keys, source):
     if len(found) != 1: raise InputError(f"{'the state dict' if isinstance(source, dict) else source} holds {len(found)} Lumina-Next transformers (names that end in {mark}): give the weights of one")
     return found[0]
 
+def _files(path):
+    "The files that hold a transformer: those that an index names for its tensors, else all of the folder"
+    if not path.is_dir(): return [path]
+    index = sorted(path.glob("*.safetensors.index.json"))
+    if len(index) != 1: return sorted(path.glob("*.safetensors"))
+    about = read_json(index[0])
+    where = about.get("weight_map") if isinstance(about, dict) else None
+    def here(f): return isinstance(f, str) and Path(f).name == f
+    if not isinstance(where, dict) or not all(map(here, where.values())):
+        raise InputError(f"{index[0]} does not say which file holds what: copy it again, or delete it")
+    prefix = _prefix(where, path)
+    files = sorted({path/f for k, f in where.items() if k.startswith(prefix)})
+    for f in files:
+        if not f.is_file(): raise InputError(f"{f} is missing, {index[0].name} names it: copy it there")
+    return files
+
 def read_lumina(
     path:Path # a `.safetensors` file, or a folder of them
 ) -> dict: # the transformer's tensors; nothing else is read from the files
-    "Find the transformer among the weights of a larger model"
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    "Find the transformer among the weights of a larger model; raises `InputError` where files do not fit"
+    files, where = _files(path), {}
     if not files or not files[0].is_file(): raise InputError(f"no .safetensors file at {path}: check the path")
     try:
-        opened = [safe_open(f, "pt") for f in files]
-        where = {k: f for f in opened for k in f.keys()}
+        for f in (safe_open(f, "pt") for f in files):
+            if twice := where.keys() & set(f.keys()):
+                raise InputError(f"{min(twice)} is in two files of {path}: take out those of another model")
+            where.update(dict.fromkeys(f.keys(), f))
         prefix = _prefix(where, path)
         return {k: f.get_tensor(k) for k, f in where.items() if k.startswith(prefix)}
     except (OSError, SafetensorError) as e: raise InputError(f"cannot read {path}: {e}; copy it again") from e
@@ -208,7 +233,9 @@ def from_lumina(cls:NextDiT,
     prefix = _prefix(state, weights)
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if unknown := sorted(k for k in set(config) - IN_SHAPES if not k.startswith("_")): raise InputError(f"no option {', '.join(unknown)}: known are num_tokens, time, patch_size, sample_size and norm_eps")
-    width = state["patch_embedder.proj.weight"].shape[1]
+    first = state["patch_embedder.proj.weight"]
+    if first.ndim != 2: raise InputError(f"patch_embedder.proj.weight is {list(first.shape)}: give a matrix")
+    width = first.shape[1]
     if patch_size is None: patch_size = 2 if width == 16 else 1
     if width % patch_size**2: raise InputError(f"tokens of {width} channels are no patches of side {patch_size}: give patch_size=1")
     if num_tokens is None: num_tokens = (sample_size//patch_size)**2 if sample_size else 64

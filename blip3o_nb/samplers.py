@@ -140,9 +140,9 @@ def time_grid(
     if times is None:
         if steps < 1: raise InputError(f"steps is {steps}: at least 1 is needed")
         return torch.linspace(0, 1, steps+1, dtype=torch.float64).tolist()
-    ts = torch.as_tensor(times).tolist()
+    ts = torch.as_tensor(times).flatten().tolist()
     if len(ts) < 2: raise InputError(f"times has {len(ts)} entries: give at least a start and an end")
-    if sorted(set(ts)) not in (ts, ts[::-1]) or not 0 <= min(ts) <= max(ts) <= 1:
+    if sorted(set(ts)) not in (ts, ts[::-1]) or not all(0 <= t <= 1 for t in ts):
         raise InputError("times must rise or fall strictly and stay within [0, 1]")
     return ts
 
