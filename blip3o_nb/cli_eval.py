@@ -51,7 +51,7 @@ def blip3o_eval(
     seed:int=0,              # of noise, shuffling and resampling
     bs:int=32                # pictures a batch
 ):
-    "Score checkpoints between floor and ceiling, on pictures they never saw"
+    "Score checkpoints beside floor and ceiling, on pictures they never saw"
     from blip3o_nb.core import InputError
     from blip3o_nb.cli import check_options
     check_options(bs=bs, samples=samples, limit=num_samples, seed=seed)

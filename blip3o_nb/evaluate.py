@@ -170,7 +170,7 @@ def collect(
 # %% ../nbs/14_evaluate.ipynb #6e3c45dd
 @dataclass(repr=False)
 class Report:
-    "Scores of checkpoints between floor and ceiling"
+    "Scores of checkpoints beside floor and ceiling"
     rows: list
     facts: dict                                 # what was evaluated, on what, how
     notes: list = field(default_factory=list)   # what a reader must know
@@ -364,7 +364,7 @@ def evaluate(
     others:dict|None=None,   # name -> fitted method with `generate(cond, seed)`, judged in rows of their own
     seed:int=0, bs:int=32, progress:bool=True
 ) -> Report:
-    "Score checkpoints between floor and ceiling; raises `InputError` for what cannot be judged fairly"
+    "Score checkpoints beside floor and ceiling; raises `InputError` for what cannot be judged fairly"
     if min(bs, samples) < 1: raise InputError(f"bs is {bs} and samples is {samples}: choose at least 1")
     pipes, others = load_all(checkpoints, task), others or {}
     train, data, leaks = splits_of(pipes, embeddings_dir, split, num_samples)

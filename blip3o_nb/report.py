@@ -147,7 +147,7 @@ tr.model td{font-weight:600;background:var(--mark)} .iv{color:var(--faint);font-
 h2{margin-top:2.5rem} figure{margin:0} figure img{max-width:100%;background:#fff;padding:.5rem;border-radius:.3rem} figcaption{color:var(--faint);font-size:.9rem}
 dt{font-weight:600;float:left;clear:left} dd{margin-left:14rem;overflow-wrap:anywhere} @media(max-width:40rem){dt{float:none}dd{margin:0}}
 </style><h1>{{ title }}</h1>
-<p>{{ facts['images'] }} images, {{ facts['split'] }}. Means over images, and their 95 % intervals by resampling them. Read each score between its floor and its ceiling; ↓ is for measures of which less is better.</p>
+<p>{{ facts['images'] }} images, {{ facts['split'] }}. Means over images, and their 95 % intervals by resampling them. Read each score beside its floor and its ceiling; ↓ is for measures of which less is better.</p>
 <ul>{% for n in report.notes %}<li>{{ n }}</li>{% endfor %}</ul>
 {% for group, columns in groups.items() %}<h2>{{ group }}</h2><table><tr><th></th>{% for c in columns %}<th>{{ c }}{% if c in less %} ↓{% endif %}</th>{% endfor %}</tr>
 {% for r in report.rows %}<tr class="{{ r.role }}"><td>{{ r.name }}<span class="iv">{{ r.role }}</span></td>{% for c in columns %}<td>{% if c in r.scores %}{% set s = r.scores[c] %}{{ '%.3f' % s.value }}<span class="iv">{{ '%.3f – %.3f' % (s.low, s.high) }}</span>{% endif %}</td>{% endfor %}</tr>
@@ -160,7 +160,7 @@ def page(
     pngs:dict # title -> bytes of a picture with 150 dots an inch
 ) -> str:
     "The report as HTML, pictures included"
-    return PAGE.render(title=f"{report.facts['task']}: {report.facts['judged']} between floor and ceiling", report=report, facts=report.facts, captions=CAPTIONS, less=LESS_IS_MORE,
+    return PAGE.render(title=f"{report.facts['task']}: {report.facts['judged']} beside floor and ceiling", report=report, facts=report.facts, captions=CAPTIONS, less=LESS_IS_MORE,
                        groups={g: c for g, among in GROUPS.items() if (c := report.columns(among))}, 
                        figures={k: (png_to_uri(p), int.from_bytes(p[16:20])*2//3) for k, p in pngs.items()}) # at 100 dots an inch: a PNG has its width in these bytes
 
