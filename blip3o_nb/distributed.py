@@ -24,7 +24,7 @@ from .learner import NaNGuard, ProgressBar
 from .optimisation import EMACallback
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastai.torch_core import find_bs, get_model
+from fastai.torch_core import get_model
 
 # %% ../nbs/13a_distributed.ipynb #fccc431b
 class Elsewhere(InputError):
@@ -158,7 +158,7 @@ class DistributedCallback(Callback):
     def before_batch(self):
         if not (self.active and self.training): return
         acc = getattr(self.learn, "gradient_accumulation", None)
-        last = acc is None or acc.count + find_bs(self.yb) >= acc.n_acc
+        last = acc is None or acc.count + 1 >= acc.n_acc
         if self.strategy == "fsdp": self.model.set_requires_gradient_sync(last)
         else: self.model.require_backward_grad_sync = last # what DDP's `no_sync` sets
     @contextmanager

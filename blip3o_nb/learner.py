@@ -6,8 +6,8 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/learner.html.md"""
 
 # %% auto #0
 __all__ = ['INSTEAD', 'FlowCallback', 'ConditioningDropout', 'RegressionCallback', 'NaNGuard', 'RecordCallback', 'ProgressBar',
-           'check_callback', 'FlowLearner', 'flow_learner', 'flow_loss', 'noise_size', 'task_path', 'check_learner',
-           'check_features']
+           'check_callback', 'FlowLearner', 'flow_learner', 'BatchAccumulation', 'flow_loss', 'noise_size', 'task_path',
+           'check_learner', 'check_features']
 
 # %% ../nbs/12_learner.ipynb #5b8cfe15
 import warnings
@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from .optimisation import (ClipCallback, DecayMatricesOnly, DecayOptimizer, EMACallback, PrecisionCallback,
                                     RestoringLearner, decay_groups)
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.hook import module_summary
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientAccumulation
@@ -141,14 +141,16 @@ class RecordCallback(Callback):
             r["loss"].append(loss)
             kept = getattr(getattr(self.learn, "recorder", None), "losses", None)
             if kept: kept[-1] = float(kept[-1]) # fastai keeps a tensor of every step
-        else: self.total += torch.tensor([loss*len(self.y), len(self.y)], dtype=torch.float64)
+        else:
+            images = 0 if self.iter in getattr(self.dl, "stand_ins", ()) else len(self.y)
+            self.total += torch.tensor([loss*images, images], dtype=torch.float64)
     def after_validate(self):
         if torch.distributed.is_initialized():
             total = self.total.to(self.dls.device)
             torch.distributed.all_reduce(total)
             self.total = total.cpu()
         self.record["valid_step"].append(self.train_iter)
-        self.record["valid_loss"].append((self.total[0]/self.total[1]).item())
+        self.record["valid_loss"].append((self.total[0]/self.total[1]).item()) # nan where no image could be read
 
 class ProgressBar(Callback):
     "One progress bar over all steps with loss, images per second and time left"
@@ -323,6 +325,16 @@ def flow_learner(
     return learn
 
 # %% ../nbs/12_learner.ipynb #e261bb88
+class BatchAccumulation(GradientAccumulation):
+    "As fastai's, by batches and not by images: processes step together also where an image could not be read"
+    name = "gradient_accumulation"
+    def after_loss(self): self.learn.loss_grad /= self.n_acc
+    def before_step(self):
+        self.learn.loss_grad *= self.n_acc # for what reads it
+        self.count += 1
+        if self.count < self.n_acc: raise CancelBatchException()
+        self.count = 0
+
 def flow_loss(c, path, cls_weight:float=1., **options):
     "The loss for a network of configuration `c`, which is measured as what the network answers"
     own = dict(loss_space=c.prediction_type, velocity_scale=c.feature_scale, output_scale=c.feature_scale)
@@ -333,7 +345,7 @@ def _optional(model, dls, accumulate):
     "Callbacks that only some trainings have"
     drop = getattr(model.config, "cond_dropout", 0.)
     if drop: yield ConditioningDropout(drop)
-    if accumulate > 1: yield GradientAccumulation(accumulate*dls.bs)
+    if accumulate > 1: yield BatchAccumulation(accumulate)
 
 def noise_size(norm, dim):
     "Options of `LinearPath` for noise as large as the targets: of norm 1 for those of norm 1"

@@ -117,6 +117,7 @@ def task_loaders(
 ): # what `feature_dls` returns
     "The loaders of a task over any samples; raises `InputError` for a split that is too small"
     world, (train, valid) = ranks()[1], splits
+    if bs < 1: raise InputError(f"bs is {bs}: choose at least 1")
     if len(train) < bs*world:
         each = f" for each of {world} processes" if world > 1 else ""
         raise InputError(f"{where} has {len(train)} training samples, fewer than one batch of {bs}{each}: "

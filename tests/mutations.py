@@ -28,7 +28,7 @@ MUTATIONS = [
              "test_velocity_cosine_stands_beside_its_trivial_value"),
     Mutation(6, "noise and times start again from the seed in each batch", "learner.py", "for p in self.dl.places(self.iter)]",
              "for p in self.dl.places(0)]", "test_noise_and_times_are_fresh_in_every_batch"),
-    Mutation(6, "noise and times start again from the seed in each epoch", "learner.py", "when = self.dl.epoch if", "when = 0 if",
+    Mutation(6, "noise and times start again from the seed in each epoch", "learner.py", "when = self.epochs - 1 if", "when = 0 if",
              "test_noise_and_times_are_fresh_in_every_batch"),
     Mutation(7, "validation reads the training split", "loading.py", 'FeatureDataset(folder, "held_out", share, max_held_out)', 'FeatureDataset(folder, "train", share, max_held_out)',
              "test_validation_has_no_training_picture"),

@@ -79,7 +79,7 @@ def driver(root, what):
         loaded = fitted(root, BS//world, DistributedCallback("fsdp"), Load(halfway), seed=7, epochs=0)
         keep("fsdp_loaded", result(loaded))
         resumed = learner(root, BS//world, DistributedCallback("fsdp"), Load(halfway), seed=7)
-        resumed.dls.train.epoch = 1
+        resumed.flow.epochs = 2
         resumed.fit(EPOCHS - 2, 2e-3)
         keep("fsdp_resumed", result(resumed))
         for strategy in ("fsdp", "ddp"): # in pieces, and in two fits
@@ -187,7 +187,7 @@ def test_one_process_goes_on_from_the_state_of_two(root, one, two):
     again = full_state(learn)
     assert far(again["model"], state["model"]) == far(again["ema"], state["ema"]) == 0
     for a, b in zip(again["opt"]["param_groups"], state["opt"]["param_groups"], strict=True): assert {**a, "params": set(a["params"])} == {**b, "params": set(b["params"])}
-    learn.dls.train.epoch = 1
+    learn.flow.epochs = 2
     learn.fit(EPOCHS - 2, 2e-3)
     same(result(learn), one)
     assert far(again["model"], one["model"]) > 1e-3 # a state does not change as training goes on

@@ -173,7 +173,7 @@ def test_no_sample(what, tmp_path):
     with pytest.raises(InputError, match="holds no sample") as e: NOTHING[what](few(tmp_path/"set", 0, 0), tmp_path/"out")
     assert "\n" not in str(e.value)
 
-@pytest.mark.parametrize("training,held_out,said", [(0, 1, "0 training samples, fewer than one batch"), (1, 0, "no held-out sample among 1"), (1, 1, "one training picture less its own mean"), (2, 1, ""), (2, 2, "")])
+@pytest.mark.parametrize("training,held_out,said", [(0, 1, "0 training samples, fewer than one batch"), (1, 0, "no held-out sample among 1"), (1, 1, "one training image less its own mean"), (2, 1, ""), (2, 2, "")])
 @pytest.mark.fault("sets of one to four samples", "train", "one line that says what is missing, or weights that are finite")
 def test_few_samples_train(training, held_out, said, tmp_path):
     features = few(tmp_path/"set", training, held_out)
@@ -203,7 +203,7 @@ def test_few_samples_judged(tmp_path, record_property):
     convert(few(tmp_path/"one", 1, 0), tmp_path/"pickles", "pickles"); convert(tmp_path/"pickles", tmp_path/"back", dtype="fp32")
     assert torch.equal(FeatureDataset(tmp_path/"back").column("clip"), FeatureDataset(tmp_path/"one").column("clip"))
     pipe, x = Pipeline.from_pretrained(tmp_path/"run"), FeatureDataset(features[6, 2]).column("eva")
-    with pytest.raises(InputError, match="no pictures to generate from"): pipe(x[:0])
+    with pytest.raises(InputError, match="no images to generate from"): pipe(x[:0])
     assert torch.allclose(torch.cat([pipe(x[:1]), pipe(x[1:2], first=1)]), pipe(x[:2]), atol=1e-4)
     record_property("provoked", 6)
 
