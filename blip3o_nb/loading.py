@@ -140,6 +140,8 @@ def _loader_class():
             self.sample_keys, self.seed, self.repeat, self.process = keys, seed, repeat, ranks()
             return self
         def new(self, dataset=None, cls=None, **kwargs):
+            if dataset is not None and dataset is not self.dataset:
+                raise InputError("a loader keeps its samples: make others with tensor_dls or feature_dls")
             return super().new(dataset, cls, **kwargs).of(self.sample_keys, self.seed, self.repeat)
         missing = {}            # of this pass: number of a batch -> positions in it that could not be read
         stand_ins = frozenset() # of this pass: numbers of the batches that are one sample of another batch
@@ -207,7 +209,7 @@ def _loaders(splits, keys, fetch, task, contract, stats, bs, seed, num_workers, 
             "The same loaders without samples, for `Learner.export`: they keep task, contract and statistics"
             kept = {task.cond: self.cond_stats, task.target: self.target_stats}
             return _loaders(((), ()), ((), ()), (_nothing, _nothing), task, contract, kept.get, bs, seed, 0,
-                            self.device, share, 1, after)
+                            self.device, share, 1, _floats) # not what holds encoders
         def test_dl(self, *args, **kwargs):
             raise InputError("there is no test_dl: generate with Pipeline.from_learner(learn)(conditioning)")
     def loader(i, ds, f):

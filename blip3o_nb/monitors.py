@@ -91,14 +91,14 @@ class MonitorCallback(Callback):
     def before_fit(self):
         self.due, self.row, self.before, self.seen = False, None, None, deque(maxlen=max(self.every, 8))
         try: self.flops = 3*forward_flops(getattr(self.model, "module", self.model).config)
-        except AttributeError: self.flops = float("nan") # another architecture
+        except (AttributeError, TypeError): self.flops = float("nan") # another architecture
     def before_train(self): self.n, self.since = 0, time.perf_counter()
     def after_loss(self):
         x1 = self.yb[0].x1
         self.n += len(x1); self.seen.append(tuple(x1.flatten(1)[:, 0].tolist()))
         self.due |= self.train_iter % self.every == 0
     def before_step(self):
-        if not self.due: return
+        if not self.due or all(p.grad is None for p in self.model.parameters()): return # a cancelled backward pass
         self.row = self.measure()
         if self.train_iter//self.every % self.probe_every == 0: self.row.update(probe_step=self.train_iter + 1, **probe(self.learn, self.images))
         now = [p.detach() for p in self.model.parameters()]
@@ -282,6 +282,7 @@ class NotesCallback(Callback):
     "Print what `quality_notes` warns of, once for each topic"
     order, _only_train_loop = 62, True
     def __init__(self, **limits): self.limits, self.told, self.last = limits, set(), set() # see `LIMITS`
+    def before_fit(self): self.told, self.last = set(), set()
     def after_epoch(self):
         if ranks()[0] or not self.record.get("monitor_step"): return
         notes = [n for n in quality_notes(self.record, **self.limits) if n.level == "warning"]
@@ -293,7 +294,9 @@ class LivePlot(Callback):
     "In a notebook with a live kernel, redraw `plot_monitors` while the training runs; elsewhere do nothing"
     order, run_valid, _only_train_loop = 63, False, True
     def __init__(self, seconds:float=5.): self.seconds, self.handle = seconds, None # between two drawings, at least
-    def before_fit(self): self.live, self.last = hasattr(ipython_shell(), "kernel"), time.monotonic()
+    live = False
+    def before_fit(self):
+        self.live, self.last, self.handle = hasattr(ipython_shell(), "kernel"), time.monotonic(), None
     def after_batch(self):
         if self.live and time.monotonic() - self.last > self.seconds: self.redraw()
     def after_fit(self): self.live and self.redraw()

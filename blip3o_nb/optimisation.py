@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 import numpy as np
+from numpy._core.multiarray import scalar
 import torch
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -25,7 +26,7 @@ from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine
 from fastai.learner import Learner, join_path_file
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import distrib_barrier, get_model, rank_distrib
-from .core import InputError, atomic_path
+from .core import InputError, atomic_path, ranks
 
 # %% ../nbs/11b_optimisation.ipynb #0675a89a
 def ema_decay(
@@ -35,32 +36,40 @@ def ema_decay(
     "Decay of the average at step `n`: small at first, so that the initial weights are soon forgotten"
     return min(decay, (1 + n)/(10 + n))
 
-def _average(decay, averaged, weights, n):
-    torch._foreach_lerp_(averaged, weights, 1 - ema_decay(int(n), decay))
+def _average(callback, averaged, weights, n):
+    torch._foreach_lerp_(averaged, weights, 1 - ema_decay(int(n), callback.decay))
+
+def _shapes(state): return {k: tuple(v.shape) for k, v in state.items()}
 
 class EMACallback(Callback):
     "Exponential moving average of the weights, in `learn.ema_model`; used for validation"
     order = 20
-    live = None # the trained network, while the average stands in for it
-    def __init__(self, decay:float=.999): self.decay = decay
+    def __init__(self, decay:float=.999): self.decay, self.live = decay, [] # networks that the average stands in for
+    def trained(self):
+        "The network that is trained, also while the average stands in for it"
+        return get_model(self.live[0] if self.live else self.model)
     def averaged(self):
-        "The average, begun with the present weights where there is none"
-        if not hasattr(self.learn, "ema_model"):
-            self.learn.ema_model = AveragedModel(self.model, multi_avg_fn=partial(_average, self.decay))
+        "The average, begun with the present weights where there is none of this callback"
+        if not hasattr(self.learn, "ema_model") or self.learn.ema_model.multi_avg_fn.args[0] is not self:
+            self.learn.ema_model = AveragedModel(self.trained(), multi_avg_fn=partial(_average, self))
         return self.learn.ema_model
     def before_fit(self): self.averaged()
     def after_step(self): self.averaged().update_parameters(self.model)
-    def before_validate(self): self.live, self.learn.model = self.model, self.averaged().module.eval()
+    def before_validate(self):
+        self.live.append(self.model)
+        self.learn.model = self.averaged().module.eval()
     def after_validate(self):
-        if self.live is not None: self.learn.model, self.live = self.live, None
+        if self.live: self.learn.model = self.live.pop()
     restore_validate = after_validate
     def state_dict(self):
         average = self.averaged()
         return dict(weights=average.module.state_dict(), steps=int(average.n_averaged))
     def load_state_dict(self, state):
-        "The average of `state`; without one it begins with the present weights"
-        self.averaged().module.load_state_dict(state.get("weights") or get_model(self.model).state_dict())
-        self.ema_model.n_averaged.fill_(state.get("steps", 0))
+        "The average of `state`; without one of this network it begins with the present weights"
+        net, weights, steps = self.averaged().module, state.get("weights", {}), state.get("steps", 0)
+        if _shapes(weights) != _shapes(net.state_dict()): weights, steps = self.trained().state_dict(), 0
+        net.load_state_dict(weights)
+        self.ema_model.n_averaged.fill_(steps)
 
 # %% ../nbs/11b_optimisation.ipynb #d9685155
 class _Unwinding(ContextManagers):
@@ -73,6 +82,11 @@ class _Unwinding(ContextManagers):
 
 class RestoringLearner(Learner):
     "A fastai `Learner` that puts back what callbacks set, however a phase ends"
+    @property
+    def trained_model(self):
+        "The network that is trained, also while an average stands in for it"
+        kept = self._grab_cbs(EMACallback)
+        return kept[0].trained() if kept else get_model(self.model)
     def _restore(self, *phases):
         for phase in phases:
             for cb in self.cbs.sorted("order"):
@@ -207,7 +221,7 @@ def save(self:RestoringLearner,
     path = join_path_file(file, self.path/self.model_dir, ext=".pth")
     if rank_distrib(): return path
     states = {cb.name: cb.state_dict() for cb in _with_state(self)}
-    state = dict(model=get_model(self.model).state_dict(), callbacks=states)
+    state = dict(model=self.trained_model.state_dict(), callbacks=states)
     if with_opt and self.opt is not None: state["opt"] = self.opt.state_dict()
     with atomic_path(path) as tmp: torch.save(plain_numbers(state), tmp, pickle_protocol=pickle_protocol)
     return path
@@ -215,7 +229,8 @@ def save(self:RestoringLearner,
 # %% ../nbs/11b_optimisation.ipynb #c7bed403
 def _read_saved(path, device):
     "What `save` wrote, or fastai's own; no code in it is run"
-    numpy = [np.core.multiarray.scalar, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
+    numpy = [np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
+    numpy += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     if not path.is_file():
         raise InputError(f"there is no {path}: check the name, or learn.path and learn.model_dir")
     with torch.serialization.safe_globals([L, *numpy]):
@@ -223,10 +238,12 @@ def _read_saved(path, device):
         except Exception as e: # of many kinds: damaged archives, pickles, code
             said = " ".join(str(e).split())[:100]
             raise InputError(f"{path} cannot be read ({said}): save it again") from e
-    if not isinstance(state, dict):
+    if not (isinstance(state, dict) and "model" in state and set(state) <= {"model", "opt", "callbacks"}):
+        state = dict(model=state) # weights alone
+    weights = state["model"]
+    if not (isinstance(weights, dict) and all(torch.is_tensor(v) for v in weights.values())):
         raise InputError(f"{path} holds no weights: give a file that learn.save wrote")
-    if "model" in state and set(state) <= {"model", "opt", "callbacks"}: return state
-    return dict(model=state) # weights alone
+    return state
 
 @patch
 def load(self:RestoringLearner,
@@ -239,8 +256,8 @@ def load(self:RestoringLearner,
     "As fastai's, with the state of the callbacks; raises `InputError` before anything has changed"
     path = join_path_file(file, self.path/self.model_dir, ext=".pth")
     distrib_barrier()
-    state, net = _read_saved(path, device or self.dls.device), get_model(self.model)
-    have, want = ({k: tuple(v.shape) for k, v in d.items()} for d in (state["model"], net.state_dict()))
+    state, net = _read_saved(path, device or self.dls.device), self.trained_model
+    have, want = _shapes(state["model"]), _shapes(net.state_dict())
     other = [k for k in {**have, **want} if have.get(k) != want.get(k)]
     if strict and other:
         more = " and more" if len(other) > 3 else ""
@@ -255,14 +272,20 @@ def load(self:RestoringLearner,
 def _load_opt(opt, state):
     "As fastai does it, which warns where the optimiser does not fit"
     if state is None: return warnings.warn("Saved file doesn't contain an optimizer state.")
-    try: opt.load_state_dict(state)
-    except (ValueError, KeyError): warnings.warn("Could not load the optimizer state.")
+    ps = [p for group in opt.opt.param_groups for p in group["params"]]
+    try:
+        for i, moments in state["state"].items(): # of another shape, a step would write past their end
+            if any(m.ndim and m.shape != ps[i].shape for m in moments.values()): raise ValueError
+        opt.load_state_dict(state)
+    except (ValueError, KeyError, IndexError, AttributeError): warnings.warn("Could not load the optimizer state.")
 
 # %% ../nbs/11b_optimisation.ipynb #c164936e
 @patch
 def lr_find(self:RestoringLearner, *args, **kwargs):
     "As fastai's; weights, average, optimiser and generators are afterwards as they were, however it ends"
-    (models := Path(self.path/self.model_dir)).mkdir(parents=True, exist_ok=True)
+    if ranks()[1] > 1: raise InputError("lr_find works in one process: find a rate before you start several")
+    models = Path(self.path/self.model_dir)
+    models.mkdir(parents=True, exist_ok=True)
     if self.opt is None: self.create_opt()
     with tempfile.TemporaryDirectory(dir=models) as folder, self.resting(), torch.random.fork_rng():
         before = self.save(Path(folder).resolve()/"before")
@@ -283,11 +306,14 @@ def warmup_cosine(
     warmup:float=.03,# share of the steps that go up, in a line from a hundredth of the peak
     final:float=.1   # share of the peak at the end, reached along half a cosine; 1 stays at the peak
 ): # share of the fit, 0 to 1 -> learning rate
-    "A learning rate that warms up and goes down slowly; raises `InputError` for shares that are none"
-    if not (0 <= warmup < 1 and 0 <= final <= 1): raise InputError(f"warmup {warmup} and final {final} are shares: choose from 0 to 1, warmup below 1")
-    return combine_scheds([warmup, 1 - warmup], [SchedLin(lr/100, lr), SchedCos(lr, final*lr)]) if warmup else SchedCos(lr, final*lr)
+    "A learning rate that warms up and goes down slowly; raises `InputError` for invalid shares"
+    if not (0 <= warmup < 1 and 0 <= final <= 1):
+        raise InputError(f"warmup {warmup} and final {final} are shares: choose from 0 to 1, warmup below 1")
+    down = SchedCos(lr, final*lr)
+    return combine_scheds([warmup, 1 - warmup], [SchedLin(lr/100, lr), down]) if warmup else down
 
 @patch
-def fit_warmup(self:Learner, n_epoch:int, lr:float|None=None, warmup:float=.03, final:float=.1, **kwargs):
+def fit_warmup(self:Learner, n_epoch:int, lr:float|None=None, warmup:float=.03, final:float=.1, cbs=None, **kwargs):
     "Fit with `warmup_cosine`; other options as in `fit`"
-    self.fit(n_epoch, cbs=[ParamScheduler({"lr": warmup_cosine(lr or self.lr, warmup, final)}), *kwargs.pop("cbs", ())], **kwargs)
+    lr = self.lr if lr is None else lr.stop if isinstance(lr, slice) else lr
+    self.fit(n_epoch, cbs=[ParamScheduler({"lr": warmup_cosine(lr, warmup, final)}), *L(cbs)], **kwargs)

@@ -15,7 +15,10 @@ import torch
 from fastcore.basics import patch
 from .distributed import everyone, full_state, load_full_state, together
 from fastai.callback.core import Callback, CancelEpochException
-from .optimisation import PrecisionCallback, plain_numbers
+from fastai.callback.schedule import ParamScheduler
+from fastai.callback.tracker import TrackerCallback as BestOf
+from .learner import FlowCallback
+from .optimisation import EMACallback, PrecisionCallback, plain_numbers
 from .core import InputError, atomic_path, os_error, ranks
 
 # %% ../nbs/13c_resume.ipynb #7ba2891f
@@ -51,19 +54,28 @@ class CheckpointCallback(Callback):
         "What must be the same for a state to be resumed from"
         return dict(epochs=self.n_epoch, batches=len(self.dls.train), batch=self.dls.train.bs*ranks()[1],
                     task=self.dls.task.name, seed=self.flow.seed, objective=self.objective,
-                    parameters=sum(p.numel() for p in self.model.parameters()), lr=self.learn.lr)
+                    parameters=sum(p.numel() for p in self.model.parameters()), lr=self.learn.lr,
+                    rates=self.rates(), accumulate=getattr(getattr(self.learn, "gradient_accumulation", None), "n_acc", 1))
+    def rates(self):
+        "Learning rates at the beginning, the quarters and the end of this fit"
+        plans = [cb.scheds["lr"] for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and "lr" in cb.scheds]
+        rate = plans[0] if plans else lambda share: self.opt.hypers[-1]["lr"]
+        return [float(f"{np.max(rate(share)):.6g}") for share in (0., .25, .5, .75, 1.)]
+    def refuse(self):
+        raise InputError(f"the training of the states in {self.folder} is complete: for another one remove "
+                         "the callback with learn.remove_cb(CheckpointCallback), or give it another folder")
     def before_fit(self):
-        self.at, self.rng, self.stepped, self.saved = None, None, False, 0
-        if self.complete:
-            raise InputError(f"the training of the states in {self.folder} is complete: for another one remove "
-                             "the callback with learn.remove_cb(CheckpointCallback), or give it another folder")
+        self.at, self.rng, self.stepped, self.saved, self.within = None, None, False, 0, False
+        self.planned = self.plan()
+        if self.complete: self.refuse()
         if not self.resume and not ranks()[0]:
             for f in self.files: f.unlink()
         with together(): # the first process reads for all
             found = self.latest() if self.resume and not ranks()[0] else None
         s = everyone(found and {k: v for k, v in found.items() if k != "learner"})[0]
         if s is None: return
-        other = [f"{k} {v} and not {self.plan()[k]}" for k, v in s["plan"].items() if self.plan()[k] != v]
+        if s["at"]["epoch"] == self.n_epoch and self.flow.epochs: self.refuse() # this learner has trained already
+        other = [f"{k} {v} and not {self.planned[k]}" for k, v in s["plan"].items() if self.planned[k] != v]
         with together():
             if other:
                 raise InputError(f"the state in {self.folder} is of a training with {', '.join(other)}: "
@@ -77,10 +89,24 @@ class CheckpointCallback(Callback):
         self.record.update(s["record"])
         self.learn.train_iter, self.learn.pct_train = self.at["train_iter"], self.at["pct_train"]
         self.flow.epochs, self.complete = self.at["order"] + 1, self.at["epoch"] == self.n_epoch
+        for cb in self.others():
+            if cb.name in s.get("callbacks", {}): cb.load_state_dict(s["callbacks"][cb.name])
+    def others(self):
+        "Callbacks with a state of their own, beside those that a state holds in any case"
+        return [cb for cb in self.learn.cbs if hasattr(type(cb), "state_dict")
+                and not isinstance(cb, (FlowCallback, EMACallback, PrecisionCallback))]
+    def trackers(self, run:bool):
+        "fastai's early stopping and the like have nothing to look at in epochs that are passed over"
+        for cb in self.learn.cbs:
+            if isinstance(cb, BestOf): cb.run = run
     def before_epoch(self):
-        if self.at and self.epoch < self.at["epoch"]: raise CancelEpochException()
+        if not (self.at and self.epoch < self.at["epoch"]): return
+        self.trackers(False)
+        raise CancelEpochException()
     def before_train(self):
+        self.within = True
         if not self.at: return
+        self.trackers(True)
         self.learn.pct_train, self.learn.train_iter = self.at["pct_train"], self.at["train_iter"]
         self.flow.begin(self.at["order"])
         self.dls.train.start, self.at = self.at["batch"], None
@@ -99,19 +125,24 @@ class CheckpointCallback(Callback):
         self.restore_rng()
     def restore_train(self): self.dls.train.start = 0
     def after_epoch(self): # with what the last validation added to the record
-        if self.epoch + 1 != self.n_epoch or self.at: return
+        self.within = False
+        if self.epoch + 1 == self.n_epoch and not self.at: self.finish()
+    def finish(self):
         self.save(self.n_epoch, 0)
         self.complete = True
+    def after_cancel_fit(self): # early stopping at the end of an epoch
+        if not self.within and not self.complete and not self.at: self.finish()
+    def after_fit(self): self.trackers(True) # which may load the best weights now
 
 # %% ../nbs/13c_resume.ipynb #35781eda
 @patch
 def save(self:CheckpointCallback, epoch:int, batch:int):
     "Write the state after so many batches of an epoch; every process has to call it"
     at = dict(epoch=epoch, batch=batch, train_iter=self.train_iter, pct_train=self.pct_train,
-              order=self.dls.train.epoch)
+              order=self.flow.epochs - 1)
     scaler = self.precision.scaler.state_dict() if self.learn._grab_cbs(PrecisionCallback) else {}
-    state = dict(format=1, learner=full_state(self.learn), scaler=scaler, rng=rng_state(), plan=self.plan(),
-                 record=self.record, at=at)
+    state = dict(format=1, learner=full_state(self.learn), scaler=scaler, rng=rng_state(), plan=self.planned,
+                 record=self.record, at=at, callbacks={cb.name: cb.state_dict() for cb in self.others()})
     self.saved = self.train_iter
     file = self.folder/f"step-{self.train_iter:09}.pt"
     with together():

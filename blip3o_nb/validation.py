@@ -37,7 +37,7 @@ class GenerationCallback(Callback):
         best:Path|None=None, # folder for the best weights so far, in the form that `Pipeline` loads
         method:str="euler", steps:int=4, seed:int=0
     ):
-        self.every, self.n, self.same_data, self.best = every, n, same_data, best
+        self.every, self.n, self.same_data, self.best, self.top = every, n, same_data, best, -2.
         self.how = dict(method=method, steps=steps, seed=seed)
     def before_fit(self):
         self.judged = min(self.n, len(self.dls.valid.dataset)) # held-out images that are generated
@@ -48,7 +48,8 @@ class GenerationCallback(Callback):
         if (self.epoch + 1) % self.every and self.epoch + 1 < self.n_epoch: return
         with whole_average(self.learn): self.judge(Pipeline.from_learner(self.learn))
     def judge(self, pipe):
-        r, was = self.record, max(self.record["gen_centred"], default=-2.)
+        r = self.record
+        was = self.top = max([self.top, *r["gen_centred"]]) # over all fits of this callback
         mean = self.real(fixed_samples(self.dls.train, 4*self.n)[1]).mean(0)
         raw, centred = self.score(pipe, self.dls.valid, mean)
         found = dict(gen_step=self.train_iter, gen_cosine=raw, gen_centred=centred)

@@ -4,8 +4,17 @@ LONG = {
     "tests/test_demo.py::test_wheel_does_the_same_in_an_empty_folder": 27,
     "tests/test_distributed.py::test_ddp_is_one_process_and_fsdp_under_accelerate": 17, # torchrun stays
     "tests/test_distributed.py::test_a_process_that_stops_alone_ends_the_other": 1, # of the same launch
+    "tests/test_demo.py::test_nobody_is_contacted": 40, # the small demo, which the next five look at
+    "tests/test_demo.py::test_small_run_leaves_report_and_checkpoint": 1,
+    "tests/test_demo.py::test_checkpoint_loads_again": 1,
+    "tests/test_demo.py::test_second_run_reuses": 1,
+    "tests/test_demo.py::test_checkpoint_of_another_task_is_refused": 1,
+    "tests/test_demo.py::test_other_options_are_refused": 1,
     "tests/test_extract.py::test_torchrun_splits_the_work": 11,
+    "tests/test_extract.py::test_two_processes_train_online_without_the_unreadable": 21,
+    "tests/faults/test_kills.py::test_kill": 32,
     "tests/faults/test_kills.py::test_rank_hangs": 10,
+    "nbs/13a_distributed.ipynb": 28, # tests/test_distributed.py stays
     "nbs/assets/tiny_encoders.ipynb": 28,
     "nbs/experiments/baselines.ipynb": 26,
     "nbs/experiments/bug_zoo.ipynb": 18, # tests/test_bugs.py has a test for each of its thirteen
@@ -28,7 +37,6 @@ FIRST = { # other notebooks that take long: they are started first, so that none
     "nbs/12_learner.ipynb": 30,
     "nbs/12b_monitors.ipynb": 25,
     "nbs/13_inference.ipynb": 42,
-    "nbs/13a_distributed.ipynb": 28,
     "nbs/13b_validation.ipynb": 17,
     "nbs/13e_training.ipynb": 16,
     "nbs/14_evaluate.ipynb": 19,
