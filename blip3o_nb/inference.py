@@ -167,7 +167,7 @@ def images(self:Pipeline,
 
 @patch
 def image(self:Pipeline, x) -> Image.Image:
-    "A PIL image upright in RGB, or that of an array `[height, width, 3]` of bytes; raises `InputError` for others"
+    "A PIL image upright in RGB, or that of an array `[height, width, 3]` of bytes; else raises `InputError`"
     from blip3o_nb.pictures import upright_rgb
     if isinstance(x, Image.Image): return upright_rgb(x)
     if isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 3 and x.shape[-1] == 3:

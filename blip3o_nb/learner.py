@@ -60,8 +60,8 @@ class FlowCallback(Callback):
     def check(self, dl):
         "Raise `InputError` for batches that do not say where in an epoch they stand, and for none"
         if not hasattr(type(dl), "places"):
-            raise InputError(f"a {type(dl).__name__} is no loader of a flow: make one with feature_dls or tensor_dls, "
-                             "or generate with Pipeline.from_learner(learn)(conditioning)")
+            raise InputError(f"a {type(dl).__name__} is no loader of a flow: make one with feature_dls or "
+                             "tensor_dls, or generate with Pipeline.from_learner(learn)(conditioning)")
         if not len(dl.dataset):
             raise InputError("this learner has no samples, it was exported without them: set learn.dls, "
                              "or generate with Pipeline.from_learner(learn)(conditioning)")
@@ -206,8 +206,8 @@ def check_callback(cb, others=()):
     if names: raise InputError(f"{names[0]} does not work with a flow: {INSTEAD[names[0]]}")
     for c in ONCE:
         if issubclass(kind, c) and any(isinstance(o, c) for o in others):
-            raise InputError(f"the learner has a {c.__name__} already: give yours to flow_learner(..., cbs=), "
-                             f"or take that one out with learn.remove_cb({c.__name__})")
+            raise InputError(f"the learner has a {c.__name__} already: give yours to flow_learner(..., "
+                             f"cbs=), or take that one out with learn.remove_cb({c.__name__})")
 
 class FlowLearner(RestoringLearner):
     "A fastai `Learner` of a flow, as `flow_learner` makes it"
@@ -327,7 +327,7 @@ def flow_learner(
     gradient_checkpointing:bool=False, # less memory for a second forward pass
     compile:bool=False,     # compiled blocks
     progress:bool=True, seed:int=0, cbs=(),
-    **loss                  # of `BLIP3oFlowMatchingLoss`; default of `loss_space`: the kind of the model's answer
+    **loss                  # of `BLIP3oFlowMatchingLoss`; default of `loss_space`: what the model answers
 ) -> FlowLearner:
     "A fastai `Learner` that trains `model` on the flow from noise to the task's target; raises `InputError`"
     task = get_task(task or dls.task)
@@ -413,12 +413,12 @@ def _check_finite(dls, column, stats, side):
     raise InputError(f"the {side} features of {whose} hold numbers that are not finite: extract them again")
 
 def check_features(model, dls, norms, path):
-    "Refuse a model of other widths or token counts than the normalised features, and a path that does not fit"
+    "Refuse a model of other widths or token counts than the encoded features, and a path that does not fit"
     stats = dls.target_stats, dls.cond_stats
     (n, d), (m, e) = (norm.encoded_shape or tuple(s.mean.shape) for norm, s in zip(norms, stats))
     c = model.config
-    sizes = dict(num_tokens=(c.num_tokens, n), target_width=(c.target_size, d), conditioning_width=(c.cond_size, e),
-                 cond_tokens=(c.cond_tokens or c.num_tokens, m))
+    sizes = dict(num_tokens=(c.num_tokens, n), target_width=(c.target_size, d),
+                 conditioning_width=(c.cond_size, e), cond_tokens=(c.cond_tokens or c.num_tokens, m))
     for what, (have, want) in sizes.items():
         if have != want:
             raise InputError(f"the model's {what.replace('_w', ' w')} is {have}, the features have {want}: "

@@ -268,5 +268,5 @@ def tensor_dls(
                              "give both for the same images")
     targets, keys = zip(*((t, range(len(t))) for _, t in splits))
     fetch, stats = tuple(partial(_take, *s) for s in splits), partial(_stats_of, task, train)
-    return task_loaders(targets, keys, fetch, task, contract or {}, stats, bs, seed, 0, default_device(device),
-                        "the tensors given")
+    return task_loaders(targets, keys, fetch, task, contract or {}, stats, bs, seed, 0,
+                        default_device(device), "the tensors given")

@@ -98,7 +98,8 @@ class MonitorCallback(Callback):
         self.n += len(x1); self.seen.append(tuple(x1.flatten(1)[:, 0].tolist()))
         self.due |= self.train_iter % self.every == 0
     def before_step(self):
-        if not self.due or all(p.grad is None for p in self.model.parameters()): return # a cancelled backward pass
+        cancelled = all(p.grad is None for p in self.model.parameters()) # the backward pass
+        if cancelled or not self.due: return
         self.row = self.measure()
         if self.train_iter//self.every % self.probe_every == 0: self.row.update(probe_step=self.train_iter + 1, **probe(self.learn, self.images))
         now = [p.detach() for p in self.model.parameters()]

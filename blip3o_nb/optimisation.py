@@ -44,7 +44,9 @@ def _shapes(state): return {k: tuple(v.shape) for k, v in state.items()}
 class EMACallback(Callback):
     "Exponential moving average of the weights, in `learn.ema_model`; used for validation"
     order = 20
-    def __init__(self, decay:float=.999): self.decay, self.live = decay, [] # networks that the average stands in for
+    def __init__(self, decay:float=.999):
+        self.decay = decay
+        self.live = [] # networks that the average stands in for
     def trained(self):
         "The network that is trained, also while the average stands in for it"
         return get_model(self.live[0] if self.live else self.model)
@@ -163,7 +165,7 @@ class PrecisionCallback(Callback):
         self.ctx = None
     after_batch = restore_batch = after_loss # of a batch that was cancelled, or ended by an error
     def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
-    def before_step(self): # the scaler takes this object for the optimiser: it calls `step` but after an overflow
+    def before_step(self): # the scaler takes this object for the optimiser; it calls no `step` after an overflow
         self.overflow = self.scaler.is_enabled()
         if not self.overflow: return
         self.scaler.step(self)
@@ -277,7 +279,8 @@ def _load_opt(opt, state):
         for i, moments in state["state"].items(): # of another shape, a step would write past their end
             if any(m.ndim and m.shape != ps[i].shape for m in moments.values()): raise ValueError
         opt.load_state_dict(state)
-    except (ValueError, KeyError, IndexError, AttributeError): warnings.warn("Could not load the optimizer state.")
+    except (ValueError, KeyError, IndexError, AttributeError):
+        warnings.warn("Could not load the optimizer state.")
 
 # %% ../nbs/11b_optimisation.ipynb #c164936e
 @patch
@@ -313,7 +316,11 @@ def warmup_cosine(
     return combine_scheds([warmup, 1 - warmup], [SchedLin(lr/100, lr), down]) if warmup else down
 
 @patch
-def fit_warmup(self:Learner, n_epoch:int, lr:float|None=None, warmup:float=.03, final:float=.1, cbs=None, **kwargs):
+def fit_warmup(self:Learner,
+    n_epoch:int, lr:float|None=None, # default: the learner's
+    warmup:float=.03, final:float=.1,# as `warmup_cosine` takes them
+    cbs=None, **kwargs
+):
     "Fit with `warmup_cosine`; other options as in `fit`"
     lr = self.lr if lr is None else lr.stop if isinstance(lr, slice) else lr
     self.fit(n_epoch, cbs=[ParamScheduler({"lr": warmup_cosine(lr, warmup, final)}), *L(cbs)], **kwargs)

@@ -207,7 +207,7 @@ class ImageSource:
         "The image of sample `i`, and the txt and json beside it"
         raise NotImplementedError
     def paths(self, i:int) -> list:
-        "The files that hold image `i` and its caption, by whose times a change is noticed; empty where none are known"
+        "The files that hold image `i` and its caption, by whose times a change is noticed; may be empty"
         return []
     def _gone(self): return False # is more missing than one image?
     def _skip(self, name, reason): self.skipped[clean_text(name)] = reason

@@ -17,6 +17,7 @@ from .distributed import everyone, full_state, load_full_state, together
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback as BestOf
+from fastai.callback.training import GradientAccumulation
 from .learner import FlowCallback
 from .optimisation import EMACallback, PrecisionCallback, plain_numbers
 from .core import InputError, atomic_path, os_error, ranks
@@ -38,7 +39,7 @@ def set_rng_state(state:dict):
 
 # %% ../nbs/13c_resume.ipynb #9724b415
 class CheckpointCallback(Callback):
-    "Write the state of a training as it goes, and resume from the last one; raises `InputError` for another's"
+    "Write states of a training as it goes, and resume from the last one; raises `InputError` for another's"
     order, _only_train_loop = 50, True # when everything that has a state is in place
     complete = False # whether the training of these states has come to its end
     def __init__(self,
@@ -55,10 +56,15 @@ class CheckpointCallback(Callback):
         return dict(epochs=self.n_epoch, batches=len(self.dls.train), batch=self.dls.train.bs*ranks()[1],
                     task=self.dls.task.name, seed=self.flow.seed, objective=self.objective,
                     parameters=sum(p.numel() for p in self.model.parameters()), lr=self.learn.lr,
-                    rates=self.rates(), accumulate=getattr(getattr(self.learn, "gradient_accumulation", None), "n_acc", 1))
+                    rates=self.rates(), accumulate=self.accumulated())
+    def accumulated(self):
+        "Batches a step"
+        kept = self.learn._grab_cbs(GradientAccumulation)
+        return kept[0].n_acc if kept else 1
     def rates(self):
         "Learning rates at the beginning, the quarters and the end of this fit"
-        plans = [cb.scheds["lr"] for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and "lr" in cb.scheds]
+        schedulers = [cb for cb in self.learn.cbs if isinstance(cb, ParamScheduler)]
+        plans = [cb.scheds["lr"] for cb in schedulers if "lr" in cb.scheds]
         rate = plans[0] if plans else lambda share: self.opt.hypers[-1]["lr"]
         return [float(f"{np.max(rate(share)):.6g}") for share in (0., .25, .5, .75, 1.)]
     def refuse(self):
@@ -74,7 +80,8 @@ class CheckpointCallback(Callback):
             found = self.latest() if self.resume and not ranks()[0] else None
         s = everyone(found and {k: v for k, v in found.items() if k != "learner"})[0]
         if s is None: return
-        if s["at"]["epoch"] == self.n_epoch and self.flow.epochs: self.refuse() # this learner has trained already
+        trained = self.flow.epochs > 0 # by this learner, in this process
+        if trained and s["at"]["epoch"] == self.n_epoch: self.refuse()
         other = [f"{k} {v} and not {self.planned[k]}" for k, v in s["plan"].items() if self.planned[k] != v]
         with together():
             if other:
