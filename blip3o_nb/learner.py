@@ -206,8 +206,8 @@ def check_callback(cb, others=()):
     if names: raise InputError(f"{names[0]} does not work with a flow: {INSTEAD[names[0]]}")
     for c in ONCE:
         if issubclass(kind, c) and any(isinstance(o, c) for o in others):
-            raise InputError(f"the learner has a {c.__name__} already: give yours to flow_learner(..., "
-                             f"cbs=), or take that one out with learn.remove_cb({c.__name__})")
+            raise InputError(f"the learner has its {c.__name__} already: give yours to "
+                             f"flow_learner(..., cbs=), or take that one out with learn.remove_cb({c.__name__})")
 
 class FlowLearner(RestoringLearner):
     "A fastai `Learner` of a flow, as `flow_learner` makes it"
