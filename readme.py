@@ -10,11 +10,11 @@ ROOT = Path(__file__).parent
 def take_over(run):
     "Copy a run's report, and draw its gallery with four pictures"
     import torch
-    from blip3o_nb.core import data_path
-    from blip3o_nb.evaluate import text_side
-    from blip3o_nb.inference import Pipeline, nearest
-    from blip3o_nb.report import pictures_of
-    from blip3o_nb.shards import FeatureDataset
+    from blip3o_nb.files import data_path
+    from blip3o_nb.judging.evaluate import text_side
+    from blip3o_nb.generation.pipeline import Pipeline, nearest
+    from blip3o_nb.judging.report import pictures_of
+    from blip3o_nb.features.shards import FeatureDataset
     from blip3o_nb.viz import fig_to_png, gallery, use_style
     use_style()
     shutil.copy(run/"report.json", ROOT/"nbs/demo_report.json")
@@ -35,5 +35,5 @@ def cell_markdown(c):
 if __name__ == "__main__":
     if len(sys.argv) > 1: take_over(Path(sys.argv[1]))
     text = "\n\n".join(s for c in read_nb(ROOT/"nbs/index.ipynb").cells for s in cell_markdown(c))
-    text = re.sub(r"\]\((images/|\d\d\w?_|tutorials/|experiments/|assets/|glossary|contributing|reliability)", r"](nbs/\1", text)
+    text = re.sub(r"\]\((images/|\d+_|tutorials/|experiments/|assets/|glossary|contributing|reliability)", r"](nbs/\1", text)
     (ROOT/"README.md").write_text("<!-- made from nbs/index.ipynb by readme.py: edit the notebook -->\n\n" + text.strip() + "\n", encoding="utf-8")

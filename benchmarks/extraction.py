@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 import numpy as np, torch, transformers
 from PIL import Image
-from blip3o_nb.encoders import load_encoder
-from blip3o_nb.extract import extract
-from blip3o_nb.optimisation import fast_dtype
-from blip3o_nb.shards import FeatureDataset
+from blip3o_nb.features.encoders import load_encoder
+from blip3o_nb.features.extract import extract
+from blip3o_nb.training.optimisation import fast_dtype
+from blip3o_nb.features.shards import FeatureDataset
 from machine import DEVICE, median, now
 
 TOWERS = { # vision towers of CLIP as published, and two small ones, the first of the shipped CLIP's size

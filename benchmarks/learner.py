@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from fastai.callback.core import Callback
 from blip3o_nb.core import seed_everything
-from blip3o_nb.dit import forward_flops
-from blip3o_nb.losses import BLIP3oFlowMatchingLoss
-from blip3o_nb.optimisation import has_bf16
-from blip3o_nb.paths import LinearPath
-from blip3o_nb.recipes import make_config
-from blip3o_nb.shards import ShardWriter
-from blip3o_nb.training import learner_of, loaders, model_of
+from blip3o_nb.network.dit import forward_flops
+from blip3o_nb.flow.losses import BLIP3oFlowMatchingLoss
+from blip3o_nb.training.optimisation import has_bf16
+from blip3o_nb.flow.paths import LinearPath
+from blip3o_nb.options import make_config
+from blip3o_nb.features.shards import ShardWriter
+from blip3o_nb.runs.runs import learner_of, loaders, model_of
 from machine import DEVICE, DTYPES, median, now, spread
 
 EVERY, KINDS = 5, ("probed", *["plain"]*4, "monitored") # of the steps of a turn, by a MonitorCallback(5)

@@ -13,7 +13,7 @@ SAMPLE = sum(n*d*2 for n, d in SHAPES.values()) # bytes
 def make(folder, gb):
     "A set of that size; the values repeat after 256 samples, the keys do not"
     import torch
-    from blip3o_nb.shards import ShardWriter
+    from blip3o_nb.features.shards import ShardWriter
     g = torch.Generator().manual_seed(0)
     block = {k: torch.randn(256, *s, generator=g).bfloat16() for k, s in SHAPES.items()}
     begun = time.perf_counter()
@@ -26,7 +26,7 @@ def status(name): return int(next(l for l in open("/proc/self/status") if l.star
 def iterate(folder):
     "One epoch over the whole set, shuffled, in a fresh process"
     import torch, fastai.data.core
-    from blip3o_nb.loading import feature_dls
+    from blip3o_nb.features.loading import feature_dls
     before, peak, end = status("VmRSS"), [0.], threading.Event()
     def watch():
         while not end.wait(.02): peak[0] = max(peak[0], status("VmRSS"))
@@ -41,8 +41,8 @@ def throughput(folder, repeat=15):
     "Bytes of the files a second, medians of alternating runs; reading is shared by as many threads as torch has, as is a copy by torch; numpy copies with one"
     import numpy as np, torch
     from safetensors import safe_open
-    from blip3o_nb.loading import feature_dls
-    from blip3o_nb.shards import FeatureDataset
+    from blip3o_nb.features.loading import feature_dls
+    from blip3o_nb.features.shards import FeatureDataset
     ds, unchecked = FeatureDataset(folder), FeatureDataset(folder)
     unchecked._sums = [{} for _ in unchecked._sums]
     order = torch.randperm(len(ds), generator=torch.Generator().manual_seed(0)).split(BS)
@@ -81,7 +81,7 @@ def throughput(folder, repeat=15):
 def pickles(folder, file):
     "The same samples in one pickle, as earlier attempts stored them (float32): until the first batch, and memory"
     import torch
-    from blip3o_nb.shards import FeatureDataset
+    from blip3o_nb.features.shards import FeatureDataset
     if not file.exists():
         ds = FeatureDataset(folder)
         with open(file, "wb") as f: pickle.dump({f"{k}_blip3o_embeddings": ds.column(k) for k in SHAPES} | {"keys": ds.keys, "captions": ds.captions}, f, protocol=4)

@@ -1,7 +1,7 @@
 "What every part of the benchmark shares: the device, a clock, turns in which the ways take their measurements, and what this machine can do at best."
 import json, os, platform, statistics, sys, time
 import torch, torch.nn.functional as F
-from blip3o_nb.optimisation import has_bf16
+from blip3o_nb.training.optimisation import has_bf16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)

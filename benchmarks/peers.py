@@ -3,7 +3,7 @@
 `Lineage` is written here after the descriptions of the earlier public attempts at this map, as far as they decide how fast it is; it is no copy of their
 code. `Lumina` is diffusers' `LuminaNextDiT2DModel`, which BLIP3-o's own decoder is."""
 import torch, torch.nn as nn, torch.nn.functional as F
-from blip3o_nb.dit import time_embedding
+from blip3o_nb.network.dit import time_embedding
 
 def norm(x, gain): # as it is written where no fused kernel is used
     y = x.float()

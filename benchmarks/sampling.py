@@ -3,12 +3,12 @@ and what they cost, at the demo's size from first to last and at `base` by the e
 from contextlib import nullcontext
 from pathlib import Path
 import torch
-from blip3o_nb.inference import Pipeline
-from blip3o_nb.metrics import patch_cosine
-from blip3o_nb.optimisation import has_bf16
-from blip3o_nb.times import shift_times
-from blip3o_nb.samplers import sample
-from blip3o_nb.shards import FeatureDataset
+from blip3o_nb.generation.pipeline import Pipeline
+from blip3o_nb.judging.metrics import patch_cosine
+from blip3o_nb.training.optimisation import has_bf16
+from blip3o_nb.flow.paths import shift_times
+from blip3o_nb.flow.samplers import sample
+from blip3o_nb.features.shards import FeatureDataset
 from machine import DEVICE, median, seconds, spread, turns
 from peers import midpoint
 from steps import NETWORKS, batch, build, sizes

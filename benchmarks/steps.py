@@ -4,8 +4,8 @@ import json, sys
 from contextlib import nullcontext
 import torch, torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from blip3o_nb.dit import PRESETS, BLIP3oDiT, BLIP3oDiTConfig, forward_flops
-from blip3o_nb.optimisation import has_bf16
+from blip3o_nb.network.dit import PRESETS, BLIP3oDiT, BLIP3oDiTConfig, forward_flops
+from blip3o_nb.training.optimisation import has_bf16
 from machine import DEVICE, DTYPES, in_child, median, now, product, spread, turns
 from peers import Lineage, Lumina
 
@@ -103,7 +103,7 @@ def memory(name, preset, bs):
 def attention(tokens, heads=12, d=64):
     "Memory that attention over that many tokens takes while it runs (MB), beside that of its weights were they formed; a process of its own"
     held = lambda what: int(next(l for l in open("/proc/self/status") if l.startswith(what)).split()[1])/1024
-    from blip3o_nb.attention import Attention
+    from blip3o_nb.network.attention import Attention
     net, x = Attention(heads*d, heads, 4).to(DEVICE), torch.randn(1, tokens, heads*d, device=DEVICE, requires_grad=True)
     net(x[:, :64]).sum().backward()
     if DEVICE == "cuda": torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()/2**20

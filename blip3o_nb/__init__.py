@@ -1,13 +1,69 @@
-"Flow matching between the features of two frozen vision encoders"
+"Flow matching between the features of frozen encoders"
+import sys
+from importlib import import_module
 __version__ = "0.1.0"
 
-_NAMES = dict(load_encoder="encoders", ShardWriter="shards", FeatureDataset="shards", read_pickle_shard="pickles", feature_dls="loading", BLIP3oDiTConfig="dit", BLIP3oDiT="dit",
-              LinearPath="paths", SlerpPath="paths", sample="samplers", BLIP3oFlowMatchingLoss="losses", flow_learner="learner", Pipeline="inference", make_config="recipes", train="training")
-__all__ = list(_NAMES)
+_NAMES = { # room -> the public names that it holds, which are imported on first use: torch and fastai come with them
+    "files": "InputError",
+    "core": "Task TASKS Layout is_held_out seed_everything toy_features",
+    "options": "TrainingConfig make_config read_config",
+    "flow.paths": "LinearPath SlerpPath PathSample",
+    "flow.samplers": "sample",
+    "flow.losses": "BLIP3oFlowMatchingLoss",
+    "network.dit": "BLIP3oDiT BLIP3oDiTConfig",
+    "network.nextdit": "NextDiT",
+    "features.images": "read_images",
+    "features.encoders": "load_encoder",
+    "features.shards": "FeatureDataset ShardWriter",
+    "features.loading": "Normalizer feature_dls tensor_dls",
+    "features.extract": "extract online_dls",
+    "training.learner": "FlowLearner flow_learner",
+    "generation.pipeline": "Pipeline save_checkpoint write_samples",
+    "judging.baselines": "",
+    "judging.evaluate": "evaluate",
+    "judging.report": "write_report",
+    "runs.runs": "train",
+    "earlier.pickles": "convert read_pickle_shard",
+}
+_ROOM_OF = {name: room for room, names in _NAMES.items() for name in names.split()}
+__all__ = list(_ROOM_OF)
 
-def __getattr__(name): # on first use, so that importing the package loads neither torch nor fastai
-    if name not in _NAMES: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-    return getattr(import_module(f".{_NAMES[name]}", __name__), name)
+_MOVED = { # module, or name in a module, of earlier versions -> where it is now
+    "adapters": "flow.samplers", "attention": "network.attention", "baselines": "judging.baselines",
+    "cli": "commands.cli", "cli_eval": "commands.cli", "command": "commands.command",
+    "convert": "earlier.pickles", "distributed": "runs.distributed", "dit": "network.dit",
+    "download": "earlier.download", "encoders": "features.encoders", "evaluate": "judging.evaluate",
+    "extract": "features.extract", "images": "features.images", "inference": "generation.pipeline",
+    "learner": "training.learner", "likelihood": "flow.samplers", "loading": "features.loading",
+    "losses": "flow.losses", "metrics": "judging.metrics", "monitors": "training.monitors",
+    "nextdit": "network.nextdit", "online": "features.extract", "optimisation": "training.optimisation",
+    "paths": "flow.paths", "pickles": "earlier.pickles", "pictures": "features.images",
+    "recipes": "options", "report": "judging.report", "resume": "runs.resume", "rope": "network.attention",
+    "samplers": "flow.samplers", "shards": "features.shards", "times": "flow.paths",
+    "towers": "features.encoders", "trackers": "training.monitors", "validation": "runs.runs",
+    "widgets": "generation.widgets", "training": "runs.runs",
+}
 
-def __dir__(): return [*globals(), *_NAMES]
+def _moved(name):
+    "Where a module of earlier versions is now, or what was imported from the module `training`; None for others"
+    old, _, attribute = name.partition(".")
+    if name in _MOVED and name != "training": return _MOVED[name]
+    if old == "training" and attribute and attribute not in ("learner", "monitors", "optimisation"):
+        return _MOVED["training"]
+
+class _Moved:
+    "Names the new place of a module that is imported by its old name"
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        package, _, rest = name.partition(".")
+        new = _moved(rest) if package == __name__ else None
+        if new: raise ImportError(f"{name} is now {__name__}.{new}: import from there", name=name)
+
+sys.meta_path.append(_Moved)
+
+def __getattr__(name):
+    if name in _ROOM_OF: return getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)
+    if not name.startswith("_") and _moved(name): raise ImportError(f"{__name__}.{name} is now {__name__}.{_moved(name)}: import from there")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__(): return [*globals(), *_ROOM_OF]

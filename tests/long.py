@@ -14,7 +14,7 @@ LONG = {
     "tests/test_extract.py::test_two_processes_train_online_without_the_unreadable": 21,
     "tests/faults/test_kills.py::test_kill": 32,
     "tests/faults/test_kills.py::test_rank_hangs": 10,
-    "nbs/13a_distributed.ipynb": 28, # tests/test_distributed.py stays
+    "nbs/7_runs/01_distributed.ipynb": 28, # tests/test_distributed.py stays
     "nbs/assets/tiny_encoders.ipynb": 28,
     "nbs/experiments/baselines.ipynb": 26,
     "nbs/experiments/bug_zoo.ipynb": 18, # tests/test_bugs.py has a test for each of its thirteen
@@ -30,18 +30,16 @@ LONG = {
     "nbs/tutorials/your_images.ipynb": 9,
 }
 FIRST = { # other notebooks that take long: they are started first, so that none is left alone at the end
-    "nbs/03_encoders.ipynb": 18,
-    "nbs/04_extract.ipynb": 20,
-    "nbs/07_dit.ipynb": 29,
-    "nbs/09_samplers.ipynb": 14,
-    "nbs/12_learner.ipynb": 30,
-    "nbs/12b_monitors.ipynb": 25,
-    "nbs/13_inference.ipynb": 42,
-    "nbs/13b_validation.ipynb": 17,
-    "nbs/13e_training.ipynb": 16,
-    "nbs/14_evaluate.ipynb": 19,
-    "nbs/14a_report.ipynb": 34,
-    "nbs/15_widgets.ipynb": 16,
-    "nbs/16_cli.ipynb": 24,
-    "nbs/16a_cli_eval.ipynb": 21,
+    "nbs/3_features/02_encoders.ipynb": 18,
+    "nbs/3_features/05_extract.ipynb": 20,
+    "nbs/2_network/02_dit.ipynb": 29,
+    "nbs/1_flow/02_samplers.ipynb": 14,
+    "nbs/4_training/02_learner.ipynb": 30,
+    "nbs/4_training/03_monitors.ipynb": 25,
+    "nbs/5_generation/01_pipeline.ipynb": 42,
+    "nbs/7_runs/03_runs.ipynb": 30,
+    "nbs/6_judging/03_evaluate.ipynb": 19,
+    "nbs/6_judging/04_report.ipynb": 34,
+    "nbs/5_generation/02_widgets.ipynb": 16,
+    "nbs/8_commands/02_cli.ipynb": 40,
 }

@@ -14,39 +14,39 @@ class Mutation(NamedTuple):
     test: str   # of test_bugs.py
 
 MUTATIONS = [
-    Mutation(1, "every step but the last goes backwards", "samplers.py", "METHODS[rule], u - t, []", "METHODS[rule], (u - t if u == 1 else t - u), []",
+    Mutation(1, "every step but the last goes backwards", "flow/samplers.py", "METHODS[rule], u - t, []", "METHODS[rule], (u - t if u == 1 else t - u), []",
              "test_sampler_moves_with_the_velocity"),
-    Mutation(2, "the network is told 1-t", "samplers.py", "t = torch.full((len(x),), t,", "t = torch.full((len(x),), 1 - t,",
+    Mutation(2, "the network is told 1-t", "flow/samplers.py", "t = torch.full((len(x),), t,", "t = torch.full((len(x),), 1 - t,",
              "test_network_is_told_the_time_of_its_points"),
-    Mutation(3, "the loss gets a draw of its own", "learner.py", "self.cond_norm.encode(self.x)), (s,)",
+    Mutation(3, "the loss gets a draw of its own", "training/learner.py", "self.cond_norm.encode(self.x)), (s,)",
              "self.cond_norm.encode(self.x)), (PathSample(s.x0.roll(1, 0), s.x1, s.t, s.xt, s.x1 - s.x0.roll(1, 0)),)", "test_loss_compares_with_the_noise_of_the_input"),
-    Mutation(3, "the velocity is that of another noise", "paths.py", "s*x1, x1 - self.removed*x0)", "s*x1, x1 - self.removed*torch.randn_like(x0))",
+    Mutation(3, "the velocity is that of another noise", "flow/paths.py", "s*x1, x1 - self.removed*x0)", "s*x1, x1 - self.removed*torch.randn_like(x0))",
              "test_loss_compares_with_the_noise_of_the_input"),
-    Mutation(4, "the velocity at xt is log_x0(x1)", "paths.py", "v = tangent(xt, (s*theta).cos()*y - theta*(s*theta).sin()*a)", "v = y",
+    Mutation(4, "the velocity at xt is log_x0(x1)", "flow/paths.py", "v = tangent(xt, (s*theta).cos()*y - theta*(s*theta).sin()*a)", "v = y",
              "test_spherical_velocity_is_tangent_and_arrives"),
-    Mutation(5, "the floor of the cosine is that of an unrelated guess", "losses.py", "F.cosine_similarity(-s.x0, s.v, dim=-1)", "F.cosine_similarity(s.x0, s.x1, dim=-1)",
+    Mutation(5, "the floor of the cosine is that of an unrelated guess", "flow/losses.py", "F.cosine_similarity(-s.x0, s.v, dim=-1)", "F.cosine_similarity(s.x0, s.x1, dim=-1)",
              "test_velocity_cosine_stands_beside_its_trivial_value"),
-    Mutation(6, "noise and times start again from the seed in each batch", "learner.py", "for p in self.dl.places(self.iter)]",
+    Mutation(6, "noise and times start again from the seed in each batch", "training/learner.py", "for p in self.dl.places(self.iter)]",
              "for p in self.dl.places(0)]", "test_noise_and_times_are_fresh_in_every_batch"),
-    Mutation(6, "noise and times start again from the seed in each epoch", "learner.py", "when = self.epochs - 1 if", "when = 0 if",
+    Mutation(6, "noise and times start again from the seed in each epoch", "training/learner.py", "when = self.epochs - 1 if", "when = 0 if",
              "test_noise_and_times_are_fresh_in_every_batch"),
-    Mutation(7, "validation reads the training split", "loading.py", 'FeatureDataset(folder, "held_out", share, max_held_out)', 'FeatureDataset(folder, "train", share, max_held_out)',
+    Mutation(7, "validation reads the training split", "features/loading.py", 'FeatureDataset(folder, "held_out", share, max_held_out)', 'FeatureDataset(folder, "train", share, max_held_out)',
              "test_validation_has_no_training_picture"),
-    Mutation(7, "each worker process reads all pictures", "loading.py", "    dls.task, dls.contract, dls.share = task, contract, share\n",
+    Mutation(7, "each worker process reads all pictures", "features/loading.py", "    dls.task, dls.contract, dls.share = task, contract, share\n",
              "    dls.task, dls.contract, dls.share = task, contract, share\n    for l in dls.loaders: l.sample = lambda l=l: iter(l.get_idxs())\n", "test_worker_processes_share_the_pictures"),
-    Mutation(8, "angles are spread for neighbouring channels, pairs are halves", "rope.py", "torch.cat([a*cos - b*sin, a*sin + b*cos], -1)",
+    Mutation(8, "angles are spread for neighbouring channels, pairs are halves", "network/attention.py", "torch.cat([a*cos - b*sin, a*sin + b*cos], -1)",
              "(x*cos.repeat_interleave(2, -1) + torch.cat([-b, a], -1)*sin.repeat_interleave(2, -1))", "test_rotation_keeps_lengths_and_sees_distances_only"),
-    Mutation(9, "time is not scaled", "dit.py", "scale:float=1000.,", "scale:float=1.,", "test_network_can_tell_times_apart"),
-    Mutation(10, "the gate stands before the norm", "dit.py", "torch.addcmul(x, gate, post(f(modulate(rms_norm(x), shift, scale))))",
+    Mutation(9, "time is not scaled", "network/dit.py", "scale:float=1000.,", "scale:float=1.,", "test_network_can_tell_times_apart"),
+    Mutation(10, "the gate stands before the norm", "network/dit.py", "torch.addcmul(x, gate, post(f(modulate(rms_norm(x), shift, scale))))",
              "x + post(gate*f(modulate(rms_norm(x), shift, scale)))", "test_gate_scales_its_branch"),
-    Mutation(11, "gradients are cleared before each batch", "learner.py", "        s = self.draw(self.target_norm.encode(self.y))\n",
+    Mutation(11, "gradients are cleared before each batch", "training/learner.py", "        s = self.draw(self.target_norm.encode(self.y))\n",
              "        s = self.draw(self.target_norm.encode(self.y))\n        self.opt.zero_grad()\n", "test_accumulated_gradients_equal_the_large_batch"),
-    Mutation(12, "pooling leaves out the final norm", "towers.py", 'if self.stage == "hidden": x = self.tower.norm(x)\n', "pass\n",
+    Mutation(12, "pooling leaves out the final norm", "features/encoders.py", 'if self.stage == "hidden": x = self.tower.norm(x)\n', "pass\n",
              "test_pooled_tokens_are_the_towers_own_embedding"),
-    Mutation(12, "pooling leaves out the projection", "towers.py", 'if self.stage != "projected": x = self.tower.project(x)        # [B, n, E]', "pass",
+    Mutation(12, "pooling leaves out the projection", "features/encoders.py", 'if self.stage != "projected": x = self.tower.project(x)        # [B, n, E]', "pass",
              "test_pooled_tokens_are_the_towers_own_embedding"),
-    Mutation(12, "the report has no ceiling", "evaluate.py", 'add("real tokens", "ceiling",', 'add("real tokens", "baseline",', "test_every_report_has_floor_and_ceiling"),
-    Mutation(13, "a key stands in the learner", "learner.py", "from functools import partial\n", "from functools import partial\nWANDB_API" + "_KEY = '" + "0123456789abcdef"*2 + "'\n",
+    Mutation(12, "the report has no ceiling", "judging/evaluate.py", 'add("real tokens", "ceiling",', 'add("real tokens", "baseline",', "test_every_report_has_floor_and_ceiling"),
+    Mutation(13, "a key stands in the learner", "training/learner.py", "from functools import partial\n", "from functools import partial\nWANDB_API" + "_KEY = '" + "0123456789abcdef"*2 + "'\n",
              "test_no_key_in_the_repository"),
 ]
 
@@ -63,7 +63,10 @@ def run(folder, *tests):
 def copy(folder):
     "The package's modules in a new folder, its data by reference"
     (folder/"blip3o_nb").mkdir(parents=True)
-    for f in (ROOT/"blip3o_nb").glob("*.py"): shutil.copy(f, folder/"blip3o_nb")
+    for f in (ROOT/"blip3o_nb").rglob("*.py"):
+        to = folder/f.relative_to(ROOT)
+        to.parent.mkdir(exist_ok=True)
+        shutil.copy(f, to)
     (folder/"blip3o_nb"/"data").symlink_to(ROOT/"blip3o_nb"/"data")
     return folder
 

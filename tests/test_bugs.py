@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import blip3o_nb
-from blip3o_nb.core import InputError, layout_of, seed_everything, toy_features
-from blip3o_nb.losses import BLIP3oFlowMatchingLoss
-from blip3o_nb.paths import LinearPath, SlerpPath, exp_map, log_map
-from blip3o_nb.samplers import METHODS, sample
+from blip3o_nb.files import InputError
+from blip3o_nb.core import layout_of, seed_everything, toy_features
+from blip3o_nb.flow.losses import BLIP3oFlowMatchingLoss
+from blip3o_nb.flow.paths import LinearPath, SlerpPath, exp_map, log_map
+from blip3o_nb.flow.samplers import METHODS, sample
 
 ROOT = Path(__file__).parents[1]
 ALL_METHODS = (*METHODS, "dopri5")
@@ -25,15 +26,15 @@ def draws(path, n=64, d=32):
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
     "Toy features as shards: 64 training pictures and a few held out"
-    from blip3o_nb.shards import ShardWriter
+    from blip3o_nb.features.shards import ShardWriter
     folder, toy = tmp_path_factory.mktemp("zoo")/"toy", toy_features(90)
     with ShardWriter(folder, {"clip": {}, "eva": {}}, dtype="fp32", shard_size=32) as w: w.add_batch(toy["keys"], toy["clip"], toy["eva"], [""]*90, [""]*90)
     return folder
 
 def learner(features, bs=16, cbs=(), **kw):
-    from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
-    from blip3o_nb.learner import flow_learner
-    from blip3o_nb.loading import feature_dls
+    from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
+    from blip3o_nb.training.learner import flow_learner
+    from blip3o_nb.features.loading import feature_dls
     seed_everything(0)
     net = BLIP3oDiT(BLIP3oDiTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_tokens=17, clip_embedding_size=32,
                                     eva_embedding_size=48, prediction_type="velocity"))
@@ -97,8 +98,8 @@ def test_noise_and_times_are_fresh_in_every_batch(features):
 
 def test_validation_has_no_training_picture(features):
     "Bug 7: the two sides of the DataLoaders share no key, and copies under other names are refused"
-    from blip3o_nb.loading import feature_dls
-    from blip3o_nb.shards import FeatureDataset, leak_check
+    from blip3o_nb.features.loading import feature_dls
+    from blip3o_nb.features.shards import FeatureDataset, leak_check
     dls = feature_dls(features, bs=16, device="cpu")
     both = set(dls.train_ds.keys) & set(dls.valid_ds.keys)
     assert not both, f"{len(both)} of {len(dls.valid_ds)} validation pictures are training pictures"
@@ -106,14 +107,14 @@ def test_validation_has_no_training_picture(features):
 
 def test_worker_processes_share_the_pictures(features):
     "Bug 7: with two processes reading, each picture comes once an epoch"
-    from blip3o_nb.loading import feature_dls
+    from blip3o_nb.features.loading import feature_dls
     dls = feature_dls(features, bs=16, num_workers=2, device="cpu")
     n, distinct = (len(x := torch.cat([target for _, target in dls.valid]).flatten(1))), len(x.unique(dim=0))
     assert n == distinct == len(dls.valid_ds), f"{n} validation pictures were read of {len(dls.valid_ds)}"
 
 def test_rotation_keeps_lengths_and_sees_distances_only():
     "Bug 8: positions change no length, and moving all of them changes no logit"
-    from blip3o_nb.rope import grid_positions, rope_table, rotate
+    from blip3o_nb.network.attention import grid_positions, rope_table, rotate
     q, k = torch.randn(2, 65, 32, generator=seed_everything(0))
     turn = lambda x, by=0.: rotate(x, *rope_table(grid_positions(layout_of(65)) + by, 32))
     ratio = turn(q).norm(dim=-1)/q.norm(dim=-1)
@@ -122,7 +123,7 @@ def test_rotation_keeps_lengths_and_sees_distances_only():
 
 def test_network_can_tell_times_apart():
     "Bug 9: what the network makes of noise and of data, and of two times a hundredth apart, is not the same vector"
-    from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
+    from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
     net = BLIP3oDiT(BLIP3oDiTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_tokens=4, clip_embedding_size=8, eva_embedding_size=8))
     seen = []
     net.time.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
@@ -133,7 +134,7 @@ def test_network_can_tell_times_apart():
 
 def test_gate_scales_its_branch():
     "Bug 10: behind a norm, half the gate is half the branch"
-    from blip3o_nb.dit import Block
+    from blip3o_nb.network.dit import Block
     seed_everything(0)
     block, x = Block(32, 2, 1, 64, sandwich=True, cross=False), torch.randn(2, 17, 32)
     def branch(gate):
@@ -157,7 +158,7 @@ def test_accumulated_gradients_equal_the_large_batch(features):
 @pytest.mark.parametrize("name", ["tiny-clip", "tiny-eva"])
 def test_pooled_tokens_are_the_towers_own_embedding(name):
     "Bug 12: retrieval reads what the tower's own library computes, its final norm and projection included"
-    from blip3o_nb.encoders import load_encoder
+    from blip3o_nb.features.encoders import load_encoder
     enc = load_encoder(name, device="cpu")
     images = torch.rand(4, 3, *[enc.tower.image_size]*2, generator=seed_everything(0))
     with torch.no_grad(): own = enc.tower.model.encode_image(images)
@@ -168,8 +169,8 @@ def test_pooled_tokens_are_the_towers_own_embedding(name):
 
 def test_every_report_has_floor_and_ceiling(features, tmp_path):
     "Bug 12: a score stands between what ignores the picture and the real tokens"
-    from blip3o_nb.evaluate import evaluate
-    from blip3o_nb.inference import save_checkpoint
+    from blip3o_nb.judging.evaluate import evaluate
+    from blip3o_nb.generation.pipeline import save_checkpoint
     learn = learner(features)
     learn.fit(1)
     roles = [r.role for r in evaluate(save_checkpoint(learn, tmp_path/"flow"), features, progress=False).rows]
@@ -192,7 +193,7 @@ def test_no_key_in_the_repository():
     "Bug 13: no file that git would carry, and no module of the package, holds what looks like a key"
     planted = "0123456789abcdef"*2 + "01234567" # a key of 40 hexadecimal digits, as W&B's are
     for line in ("export WANDB_API_KEY={}", "wandb login {}", "os.environ['WANDB_API_KEY'] = '{}'"): assert keys_in(line.format(planted)) == [planted]
-    found = {p.name for p in (*files_with_keys(ROOT), *(p for p in Path(blip3o_nb.__file__).parent.glob("*.py") if keys_in(p.read_text())))}
+    found = {p.name for p in (*files_with_keys(ROOT), *(p for p in Path(blip3o_nb.__file__).parent.rglob("*.py") if keys_in(p.read_text())))}
     assert not found, f"what looks like a key stands in {', '.join(sorted(found))}"
 
 def test_each_mutation_finds_its_place():

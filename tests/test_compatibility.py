@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
 from blip3o_nb.core import toy_features
-from blip3o_nb.inference import Pipeline
-from blip3o_nb.shards import FORMATS, FeatureDataset, ShardWriter, pack, unpack
+from blip3o_nb.generation.pipeline import Pipeline
+from blip3o_nb.features.shards import FORMATS, FeatureDataset, ShardWriter, pack, unpack
 
 OLD = Path(__file__).with_name("old")
 TOY = toy_features(60, grid=2, clip_dim=6, eva_dim=8)

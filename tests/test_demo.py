@@ -1,11 +1,11 @@
-"""`blip3o_demo` from a shell: what a small run leaves behind, a second run, the same from the built wheel, what bad input does (unknown names stand in 16_cli), the help of every program; and the full run's figures."""
+"""`blip3o_demo` from a shell: what a small run leaves behind, a second run, the same from the built wheel, what bad input does (unknown names stand in 8_commands/02_cli), the help of every program; and the full run's figures."""
 import configparser, io, json, os, re, shutil, subprocess, sys, sysconfig, venv
 from contextlib import redirect_stderr
 from pathlib import Path
 from unittest.mock import patch
 import pytest
 import torch
-from blip3o_nb.cli import blip3o_demo
+from blip3o_nb.commands.cli import blip3o_demo
 
 ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
 SMALL = ["--limit", "96", "--epochs", "1"]
@@ -62,8 +62,8 @@ def test_small_run_leaves_report_and_checkpoint(small):
     assert {"ridge", "regression", "flow", "real tokens"} <= {r["name"] for r in report["rows"]}
 
 def test_checkpoint_loads_again(small):
-    from blip3o_nb.inference import Pipeline
-    from blip3o_nb.shards import FeatureDataset
+    from blip3o_nb.generation.pipeline import Pipeline
+    from blip3o_nb.features.shards import FeatureDataset
     held = FeatureDataset(small/"features", "held_out")
     pipe = Pipeline.from_pretrained(small/"checkpoint", task="clip_generation")
     a, b = pipe(held.column("eva")), pipe(held.column("eva"))
@@ -120,7 +120,7 @@ def test_other_options_are_refused(small):
     refused(["--out", small, *SMALL, "--lr", "0.5"], "lr", "--fresh")
 
 def test_corrupt_tar_is_refused(tmp_path):
-    from blip3o_nb.core import data_path
+    from blip3o_nb.files import data_path
     good = data_path("openclipart.tar.gz").read_bytes()
     bad = tmp_path/"bad.tar"
     bad.write_bytes(b"this is no tar" * 1000)

@@ -7,16 +7,16 @@ BS, EPOCHS, STEPS = 32, 4, 20 # of the joint batch
 
 def folder_of(root):
     from blip3o_nb.core import toy_features
-    from blip3o_nb.shards import ShardWriter
+    from blip3o_nb.features.shards import ShardWriter
     toy = toy_features(190)
     with ShardWriter(root/"set", {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}, dtype="fp32") as w: w.add_batch(toy["keys"], toy["clip"], toy["eva"], toy["captions"], [""]*190)
 
 def learner(root, bs, *cbs, seed=0, **kw):
     "AdamW, average, clipping and dropout of the conditioning are on"
     from blip3o_nb.core import seed_everything
-    from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
-    from blip3o_nb.learner import flow_learner
-    from blip3o_nb.loading import feature_dls
+    from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
+    from blip3o_nb.training.learner import flow_learner
+    from blip3o_nb.features.loading import feature_dls
     seed_everything(seed)
     dit = BLIP3oDiT(BLIP3oDiTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_tokens=17, clip_embedding_size=32, eva_embedding_size=48, cond_dropout=.1))
     return flow_learner(feature_dls(root/"set", bs=bs, device="cpu"), dit, precision="fp32", clip=.2, ema=.9, progress=False, cbs=cbs, **kw)
@@ -40,8 +40,10 @@ def driver(root, what):
     "Run by each process"
     import torch
     from fastai.callback.core import Callback
-    from blip3o_nb.core import InputError, ranks
-    from blip3o_nb.distributed import DistributedCallback, everyone, full_state, load_full_state, processes, together, whole_average
+    from blip3o_nb.files import InputError
+    from blip3o_nb.core import ranks
+    from blip3o_nb.runs.distributed import (DistributedCallback, everyone, full_state, load_full_state,
+                                            processes, together, whole_average)
     rank, world = ranks()
     def keep(name, value):
         if rank == 0: torch.save(value, root/f"{name}.pt")
@@ -94,8 +96,8 @@ def driver(root, what):
 
 def stop(f):
     "As a command does: the line, and exit code 2"
-    from blip3o_nb.core import InputError
-    from blip3o_nb.distributed import Elsewhere
+    from blip3o_nb.files import InputError
+    from blip3o_nb.runs.distributed import Elsewhere
     try: f()
     except InputError as e:
         sys.stderr.write(f"at {time.time()} {type(e).__name__} says: {e}\n") # one write: both processes share the stream
@@ -103,7 +105,7 @@ def stop(f):
         sys.exit(2)
 
 def check_one(together, rank):
-    from blip3o_nb.core import InputError
+    from blip3o_nb.files import InputError
     with together():
         if rank == 1: raise InputError("the second has no disk: buy one")
 
@@ -179,7 +181,7 @@ def test_two_processes_resume_bit_for_bit(root, two):
 
 def test_one_process_goes_on_from_the_state_of_two(root, one, two):
     import torch
-    from blip3o_nb.distributed import full_state, load_full_state
+    from blip3o_nb.runs.distributed import full_state, load_full_state
     state = stored(root, "state", two)
     assert set(state["model"]) == set(one["model"]) and all(type(v) is torch.Tensor for v in state["model"].values())
     learn = fitted(root, BS, seed=5, epochs=0)
@@ -215,8 +217,8 @@ def test_processes_refuse_together(root, two):
 
 def test_refusals_of_the_environment(root, monkeypatch):
     import torch
-    from blip3o_nb.core import InputError
-    from blip3o_nb.distributed import DistributedCallback, load_full_state, processes
+    from blip3o_nb.files import InputError
+    from blip3o_nb.runs.distributed import DistributedCallback, load_full_state, processes
     learn = learner(root, 16, DistributedCallback())
     with pytest.raises(InputError, match="call learn.fit"): load_full_state(learn, {})
     for k, v in dict(RANK=3, WORLD_SIZE=4, LOCAL_RANK=3).items(): monkeypatch.setenv(k, str(v))

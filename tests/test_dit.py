@@ -3,9 +3,9 @@ import itertools
 import pytest
 import torch
 from blip3o_nb.core import seed_everything
-from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig, PRESETS
-from blip3o_nb.nextdit import NextDiT, NextDiTConfig
-from blip3o_nb.samplers import sample
+from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig, PRESETS
+from blip3o_nb.network.nextdit import NextDiT, NextDiTConfig
+from blip3o_nb.flow.samplers import sample
 
 FEW = dict(num_tokens=5, clip_embedding_size=16, eva_embedding_size=24) # the preset's own network, few and narrow tokens
 

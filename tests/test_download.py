@@ -8,9 +8,9 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from huggingface_hub import constants
-from blip3o_nb.core import InputError
-from blip3o_nb.download import download, list_tars
-from blip3o_nb.images import read_images
+from blip3o_nb.files import InputError
+from blip3o_nb.earlier.download import download, list_tars
+from blip3o_nb.features.images import read_images
 
 REPO, TOKEN, A, B = "someone/pictures", "hf_secretsecretsecret", "a"*40, "b"*40
 
@@ -99,7 +99,7 @@ def parts(out): return {p.name.split(".tar")[0]: p.stat().st_size for p in (out/
 
 def test_earlier_command(hub, tmp_path, monkeypatch):
     "`python src/data_hand/download_data.py` has no options: the default dataset, into data/ and its name"
-    from blip3o_nb.cli import blip3o_download
+    from blip3o_nb.commands.cli import blip3o_download
     for k in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"): monkeypatch.setattr(constants, k, getattr(constants, k).replace(constants._HF_DEFAULT_ENDPOINT, hub.url))
     monkeypatch.chdir(tmp_path); monkeypatch.setattr("sys.argv", ["blip3o_download", "--yes"])
     blip3o_download()
@@ -160,7 +160,7 @@ def test_many_at_a_time(hub, tmp_path):
 @pytest.fixture
 def arrival(monkeypatch):
     "`event` is set when 100,000 bytes of a file have arrived that has more to come; `stop` is what the download sets to end"
-    from blip3o_nb import download as module
+    from blip3o_nb.earlier import download as module
     seen, fetch = SimpleNamespace(event=threading.Event(), over=threading.Event(), stop=None), module.fetch
     def watched(url, part, size, stop, progress):
         seen.stop = stop

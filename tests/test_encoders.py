@@ -4,8 +4,8 @@ import huggingface_hub, open_clip, pytest, torch, transformers
 from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from blip3o_nb.core import InputError
-from blip3o_nb.encoders import Encoder, load_encoder, tower_of
+from blip3o_nb.files import InputError
+from blip3o_nb.features.encoders import Encoder, load_encoder, tower_of
 
 TEXTS = ["a red apple", "frog"]
 TOL = 1e-4

@@ -3,13 +3,14 @@ import json, signal, subprocess, sys, time
 import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from blip3o_nb.core import InputError, read_json, seed_everything, toy_features, write_json
-from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
-from blip3o_nb.evaluate import evaluate
-from blip3o_nb.inference import save_checkpoint
-from blip3o_nb.learner import flow_learner
-from blip3o_nb.loading import feature_dls
-from blip3o_nb.shards import FeatureDataset, ShardWriter
+from blip3o_nb.files import InputError, read_json, write_json
+from blip3o_nb.core import seed_everything, toy_features
+from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
+from blip3o_nb.judging.evaluate import evaluate
+from blip3o_nb.generation.pipeline import save_checkpoint
+from blip3o_nb.training.learner import flow_learner
+from blip3o_nb.features.loading import feature_dls
+from blip3o_nb.features.shards import FeatureDataset, ShardWriter
 
 def shards(folder, n, **kw):
     toy = toy_features(n)
@@ -31,7 +32,6 @@ def small(tmp_path_factory):
 
 PROGRAM = """
 import json, resource, sys
-from blip3o_nb.evaluate import evaluate
 flow, features, out, n = sys.argv[1:]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e3 # MB
 if int(n): evaluate(flow, features, num_samples=200, samples=1, progress=False) # what a small one needs, libraries included

@@ -19,10 +19,10 @@ MOMENTS = {
 
 def driver(root):
     "Forks processes that extract, and kills them; run in a process of its own, which uses one thread so that it may fork"
-    from blip3o_nb.core import data_path
-    from blip3o_nb.encoders import load_encoder
-    from blip3o_nb.extract import extract
-    from blip3o_nb.images import read_images
+    from blip3o_nb.files import data_path
+    from blip3o_nb.features.encoders import load_encoder
+    from blip3o_nb.features.extract import extract
+    from blip3o_nb.features.images import read_images
     clip, eva, shipped = load_encoder("tiny-clip", device="cpu"), load_encoder("tiny-eva", device="cpu"), read_images(data_path("openclipart.tar.gz"))
     pictures = root/"pictures"; pictures.mkdir()
     for i in range(PICTURES): (pictures/f"{i:03d}.webp").write_bytes(b"broken" if i % 30 == 7 else shipped.files(i)["webp"])
@@ -91,9 +91,9 @@ def test_two_ranks_make_the_set_of_one(report): assert report["two ranks"]["same
 
 @pytest.mark.fault("a full disk", "extraction", "one line; what is complete stays usable, and it goes on")
 def test_a_full_disk_keeps_what_is_complete(tmp_path, encoders, pictures):
-    from blip3o_nb.core import InputError
-    from blip3o_nb.extract import extract
-    from blip3o_nb.shards import FeatureDataset
+    from blip3o_nb.files import InputError
+    from blip3o_nb.features.extract import extract
+    from blip3o_nb.features.shards import FeatureDataset
     whole = extract(pictures, tmp_path/"whole", *encoders, **RUN)
     size = (tmp_path/"whole"/"shard-00000.safetensors").stat().st_size
     extract(pictures, tmp_path/"full", *encoders, limit=16, **RUN)
@@ -108,21 +108,21 @@ def test_a_full_disk_keeps_what_is_complete(tmp_path, encoders, pictures):
 
 @pytest.fixture(scope="module")
 def encoders():
-    from blip3o_nb.encoders import load_encoder
+    from blip3o_nb.features.encoders import load_encoder
     return load_encoder("tiny-clip", device="cpu"), load_encoder("tiny-eva", device="cpu")
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    from blip3o_nb.core import data_path
-    from blip3o_nb.images import read_images
+    from blip3o_nb.files import data_path
+    from blip3o_nb.features.images import read_images
     shipped, folder = read_images(data_path("openclipart.tar.gz")), tmp_path_factory.mktemp("pictures")
     for i in range(48): (folder/f"{i:03d}.webp").write_bytes(shipped.files(i)["webp"]); (folder/f"{i:03d}.txt").write_bytes(shipped.files(i)["txt"])
     return folder
 
 def test_a_reader_that_dies_while_the_towers_work_is_one_line(tmp_path, encoders, pictures, monkeypatch):
     import multiprocessing
-    from blip3o_nb.core import InputError
-    from blip3o_nb.extract import extract
+    from blip3o_nb.files import InputError
+    from blip3o_nb.features.extract import extract
     def tokens(pixels): # torch's signal handler raises here, not where the next batch is asked for
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL); time.sleep(20)
     monkeypatch.setattr(encoders[0], "tokens", tokens)
@@ -130,7 +130,8 @@ def test_a_reader_that_dies_while_the_towers_work_is_one_line(tmp_path, encoders
 
 def test_a_reader_that_dies_while_a_thread_starts_is_one_line(monkeypatch):
     import _thread, threading
-    from blip3o_nb.core import InputError, reading_ahead
+    from blip3o_nb.files import InputError
+    from blip3o_nb.core import reading_ahead
     go, gone, said = threading.Event(), threading.Event(), []
     monkeypatch.setattr(sys, "unraisablehook", lambda u: said.append(str(u.exc_value))) # which prints
     def start(bootstrap, args): # the thread is there, and not yet in the books, when the handler raises
@@ -148,7 +149,7 @@ def test_a_reader_that_dies_while_a_thread_starts_is_one_line(monkeypatch):
 
 def run(monkeypatch, capsys, program, *args):
     "A console program, in this process"
-    from blip3o_nb import cli
+    from blip3o_nb.commands import cli
     monkeypatch.setattr(sys, "argv", [program, *map(str, args)])
     getattr(cli, program)()
     return capsys.readouterr().out
@@ -162,7 +163,7 @@ SEED_COMMANDS = { # as printed in the documents; the name of the script is ours,
 
 @pytest.mark.parametrize("name", SEED_COMMANDS)
 def test_seed_command(name, tmp_path, pictures, monkeypatch, capsys):
-    from blip3o_nb.shards import FeatureDataset
+    from blip3o_nb.features.shards import FeatureDataset
     line, tokens = SEED_COMMANDS[name]
     program, *args = line.format(out=tmp_path/"out", pictures=pictures).split()
     if "--input_dir" not in args: args += ["--images", pictures] # the seeds' script had its pictures written into it
@@ -172,8 +173,8 @@ def test_seed_command(name, tmp_path, pictures, monkeypatch, capsys):
     assert ("means of patches" in said) == (tokens == 64) and ds.captions[0]
 
 def test_seed_2_grid_embeddings(tmp_path, pictures, monkeypatch, capsys):
-    from blip3o_nb.pickles import read_pickle_shard
-    from blip3o_nb.shards import FeatureDataset
+    from blip3o_nb.earlier.pickles import read_pickle_shard
+    from blip3o_nb.features.shards import FeatureDataset
     run(monkeypatch, capsys, "blip3o_extract", "--images", pictures, "--stage", "projected", "--layout", "grid_64", "--out", tmp_path/"out")
     run(monkeypatch, capsys, "blip3o_convert", tmp_path/"out", tmp_path/"out"/"blip3o_grid_embeddings.pkl", "--to", "grid_pickle")
     made = read_pickle_shard(tmp_path/"out"/"blip3o_grid_embeddings.pkl")
@@ -181,8 +182,8 @@ def test_seed_2_grid_embeddings(tmp_path, pictures, monkeypatch, capsys):
 
 def test_torchrun_splits_the_work(tmp_path, encoders, pictures):
     import torch
-    from blip3o_nb.extract import extract
-    from blip3o_nb.shards import FeatureDataset
+    from blip3o_nb.features.extract import extract
+    from blip3o_nb.features.shards import FeatureDataset
     args = ["--images", pictures, "--layout", "cls_patch", "--bs", "8", "--shard-size", "16", "--device", "cpu"]
     r = subprocess.run([Path(sys.executable).parent/"torchrun", "--nproc-per-node", "2", "--no-python", Path(sys.executable).parent/"blip3o_extract", "--out", tmp_path/"two", *args],
                        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
@@ -196,12 +197,12 @@ def online(root):
     "Run by each of two processes: a training on images of which some cannot be read, with validation by generation"
     import torch
     from blip3o_nb.core import ranks, seed_everything
-    from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
-    from blip3o_nb.distributed import DistributedCallback, everyone, processes
-    from blip3o_nb.encoders import load_encoder
-    from blip3o_nb.learner import flow_learner
-    from blip3o_nb.online import online_dls
-    from blip3o_nb.validation import GenerationCallback
+    from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
+    from blip3o_nb.runs.distributed import DistributedCallback, everyone, processes
+    from blip3o_nb.features.encoders import load_encoder
+    from blip3o_nb.training.learner import flow_learner
+    from blip3o_nb.features.extract import online_dls
+    from blip3o_nb.runs.runs import GenerationCallback
     with processes("cpu"):
         dls = online_dls(root/"pictures", load_encoder("tiny-clip", device="cpu"), load_encoder("tiny-eva", device="cpu"), bs=4, num_workers=1)
         seed_everything(0)

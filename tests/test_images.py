@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from webdataset.tariterators import tarfile_samples
-from blip3o_nb.core import InputError
-from blip3o_nb.images import ImageSource, TarSource, Unreadable, decode_image, read_images, tar_members
-from blip3o_nb.pictures import FORMATS, MAX_BYTES, read_captions
-
+from blip3o_nb.files import InputError
+from blip3o_nb.features.images import (FORMATS, ImageSource, MAX_BYTES, TarSource, Unreadable, decode_image,
+                                       read_captions, read_images, tar_members)
 @pytest.fixture(autouse=True)
 def watchdog():
     "A reader that goes round in a circle fails instead of hanging"

@@ -9,11 +9,14 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import NearestNeighbors
-from blip3o_nb.baselines import CopyBaseline, MLPBaseline, MeanBaseline, Moments, ProcrustesBaseline, RidgeBaseline
-from blip3o_nb.core import InputError, toy_features
-from blip3o_nb.loading import tensor_dls
-from blip3o_nb.metrics import (bootstrap, calibration, chance_level, cka, class_embeddings, derangement, diversity, frechet_distance, half_sampling, knn_overlap,
-                               patch_cosine, retrieval, token_scores, zero_shot, zero_shot_chance)
+from blip3o_nb.judging.baselines import (CopyBaseline, MLPBaseline, MeanBaseline, Moments, ProcrustesBaseline,
+                                         RidgeBaseline)
+from blip3o_nb.files import InputError
+from blip3o_nb.core import toy_features
+from blip3o_nb.features.loading import tensor_dls
+from blip3o_nb.judging.metrics import (bootstrap, calibration, chance_level, cka, class_embeddings,
+                                       derangement, diversity, frechet_distance, half_sampling, knn_overlap,
+                                       patch_cosine, retrieval, token_scores, zero_shot, zero_shot_chance)
 
 def draw(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

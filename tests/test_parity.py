@@ -4,14 +4,12 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from blip3o_nb.adapters import CONVENTIONS, DIFFUSERS, FLOW_MATCHING
-from blip3o_nb.core import InputError
-from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
-from blip3o_nb.nextdit import NextDiT, NextDiTConfig
-from blip3o_nb.paths import PREDICTION_TYPES, LinearPath, MixtureModel, SlerpPath, SphereModel, on_sphere
-from blip3o_nb.samplers import METHODS, Rule, sample
-from blip3o_nb.times import shift_times
-
+from blip3o_nb.flow.samplers import CONVENTIONS, DIFFUSERS, FLOW_MATCHING, METHODS, Rule, sample
+from blip3o_nb.files import InputError
+from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
+from blip3o_nb.network.nextdit import NextDiT, NextDiTConfig
+from blip3o_nb.flow.paths import (LinearPath, MixtureModel, PREDICTION_TYPES, SlerpPath, SphereModel,
+                                  on_sphere, shift_times)
 F64 = torch.float64
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def randn(*shape, seed=0, dtype=F64): return torch.randn(*shape, generator=gen(seed), dtype=dtype)

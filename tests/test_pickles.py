@@ -1,15 +1,15 @@
-"""Hostile pickles by every route, through the reader of nbs/02b_pickles.ipynb: each is refused with one line, nothing runs, and no file takes memory or time
+"""Hostile pickles by every route, through the reader of nbs/9_earlier/01_pickles.ipynb: each is refused with one line, nothing runs, and no file takes memory or time
 that it does not have. The corpus is checked itself: what carries code runs it under the stock reader."""
 import copyreg, io, json, os, pickle, resource, struct, subprocess, sys, zipfile
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from blip3o_nb import pickles
-from blip3o_nb.core import InputError, toy_features
-from blip3o_nb.convert import convert
-from blip3o_nb.pickles import load_pickle, read_pickle_shard
-from blip3o_nb.shards import FeatureDataset, ShardWriter
+from blip3o_nb.earlier import pickles
+from blip3o_nb.files import InputError
+from blip3o_nb.core import toy_features
+from blip3o_nb.earlier.pickles import convert, load_pickle, read_pickle_shard
+from blip3o_nb.features.shards import FeatureDataset, ShardWriter
 
 # --- pickles by hand -------------------------------------------------------------------------------------------------------------------------------
 def glob(name):  # GLOBAL
@@ -223,10 +223,10 @@ def test_what_features_do_not_need(what, tmp_path):
 CHILD = """if True:
     import json, os, resource, sys, time, warnings
     from pathlib import Path
-    from blip3o_nb.core import InputError
-    from blip3o_nb import pickles
-    from blip3o_nb.convert import convert
-    from blip3o_nb.pickles import read_pickle_shard
+    from blip3o_nb.files import InputError
+    from blip3o_nb.earlier import pickles
+    from blip3o_nb.earlier.pickles import convert
+    from blip3o_nb.earlier.pickles import read_pickle_shard
     pickles.MAX_OPS = 600_000
     def status(k): return int(next(l for l in open("/proc/self/status") if l.startswith(k)).split()[1])/1024
     def reset(): Path("/proc/self/clear_refs").write_text("5")

@@ -3,9 +3,9 @@ import os, random, signal, statistics, time, traceback
 from pathlib import Path
 import pytest, torch
 from blip3o_nb.core import toy_features
-from blip3o_nb.optimisation import has_bf16
-from blip3o_nb.recipes import make_config
-from blip3o_nb.shards import ShardWriter
+from blip3o_nb.training.optimisation import has_bf16
+from blip3o_nb.options import make_config
+from blip3o_nb.features.shards import ShardWriter
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, learning_rate=3e-3, num_epochs=3, batch_size=16, gradient_accumulation_steps=2,
              checkpoint_every=7, eval_samples=16, cond_dropout=.1, monitor_every=5)
@@ -20,7 +20,7 @@ def features(tmp_path_factory):
 def in_child(features, out, kill=None):
     "Train in a process of its own, which may kill itself; how it ended"
     from fastai.callback.core import Callback
-    from blip3o_nb.training import train
+    from blip3o_nb.runs.runs import train
     class Kill(Callback):
         order = 99
         def die(self, when, at): # the `at`-th time that this happens
@@ -70,7 +70,7 @@ def test_killed_training_ends_with_the_same_bits(features, tmp_path, record_prop
     assert a == b
 
 def test_bf16_ends_at_the_same_loss(features, tmp_path):
-    from blip3o_nb.training import train
+    from blip3o_nb.runs.runs import train
     end = {p: train(make_config(embeddings_dir=str(features), output_dir=str(tmp_path/p), precision=p, device="cpu", **SMALL), progress=False).record["valid_loss"][-1] for p in ("fp32", "bf16")}
     assert abs(end["bf16"]/end["fp32"] - 1) < .02, end
 
@@ -78,7 +78,7 @@ def test_bf16_ends_at_the_same_loss(features, tmp_path):
 @pytest.mark.skipif(not has_bf16("cpu"),
                     reason="this processor has no instructions for bf16, which is emulated and slower here")
 def test_bf16_is_faster():
-    from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
+    from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
     model, x, cond = BLIP3oDiT(BLIP3oDiTConfig.from_preset("small")), torch.randn(4, 257, 1024), torch.randn(4, 257, 4096)
     def step(dtype):
         start = time.perf_counter()

@@ -11,10 +11,10 @@ def small(folder, task):
     "Toy features of twelve pictures, a network of random weights, and encoders that pool the first token and read captions by their letters"
     import torch
     from blip3o_nb.core import get_task, toy_features
-    from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
-    from blip3o_nb.inference import Pipeline
-    from blip3o_nb.loading import Normalizer
-    from blip3o_nb.shards import FeatureDataset, ShardWriter
+    from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
+    from blip3o_nb.generation.pipeline import Pipeline
+    from blip3o_nb.features.loading import Normalizer
+    from blip3o_nb.features.shards import FeatureDataset, ShardWriter
     class ToyEncoder:
         device = "cpu"
         def pool(self, tokens): return tokens[:, 0, :32]
@@ -30,7 +30,7 @@ def small(folder, task):
     pipe.encoders = dict.fromkeys(("clip", "eva"), ToyEncoder())
     return pipe, ds
 
-CELLS = [f"{inspect.getsource(small)}\npipe, ds = small('features', 'clip_generation')\nfrom blip3o_nb.widgets import conditioning_mixer, path_explorer, shard_browser",
+CELLS = [f"{inspect.getsource(small)}\npipe, ds = small('features', 'clip_generation')\nfrom blip3o_nb.generation.widgets import conditioning_mixer, path_explorer, shard_browser",
          "shard_browser(ds)", "path_explorer(pipe, ds)", "conditioning_mixer(pipe, ds)"]
 
 def until(what, seconds, ready):
@@ -157,7 +157,7 @@ def test_weight_is_moved(page):
 def test_flow_on_the_sphere(tmp_path):
     "A task with spherical targets: the trace stays on the sphere, ends where the pipeline does, and the straight line cuts inside"
     import torch
-    from blip3o_nb.widgets import follow, ways
+    from blip3o_nb.generation.widgets import follow, ways
     pipe, ds = small(tmp_path/"features", "eva_denoising")
     trace = follow(pipe, ds[3], "heun", 3, seed=1, points=11)
     assert trace.about == "heun, 3 steps, NFE 5"

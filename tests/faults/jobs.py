@@ -5,7 +5,7 @@ from pathlib import Path
 def prepare(root):
     "What the commands work on"
     from blip3o_nb.core import toy_features
-    from blip3o_nb.shards import ShardWriter
+    from blip3o_nb.features.shards import ShardWriter
     t = toy_features(240, grid=2, clip_dim=12, eva_dim=16)
     with ShardWriter(root/"features", {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}, "fp32", shard_size=12) as w: w.add_batch(t["keys"], t["clip"], t["eva"], t["captions"], [""]*240)
 
@@ -20,25 +20,25 @@ JOBS = { # name -> command line; {out} is what it writes
 
 def contents(out):
     "What a job has made, without what tells time"
-    from blip3o_nb.core import read_json
+    from blip3o_nb.files import read_json
     files = {p.relative_to(out).as_posix(): p for p in sorted(Path(out).rglob("*")) if p.is_file() and not p.relative_to(out).parts[0].startswith((".", "states", "log"))}
     if "flow.json" in files: files = {n: files[n] for n in ("model.safetensors", "config.json", "normalizers.safetensors", "result.json")}
     if "report.json" in files: files = {n: files[n] for n in ("report.json", "report.csv")}
     if "converted.json" in files and "manifest.json" in files:
-        from blip3o_nb.shards import FeatureDataset
+        from blip3o_nb.features.shards import FeatureDataset
         ds = FeatureDataset(out); order = sorted(range(len(ds)), key=ds.keys.__getitem__) # a resumed conversion has other shards
         return [(ds.keys[i], ds.captions[i], *(x.tolist() for x in ds.stored(("clip", "eva"), [i]))) for i in order]
     if any(n.endswith(".pkl") for n in files): # torch writes addresses into its bytes
-        from blip3o_nb.pickles import read_pickle_shard
+        from blip3o_nb.earlier.pickles import read_pickle_shard
         return {n: str(read_pickle_shard(p)) if n.endswith(".pkl") else p.read_bytes() for n, p in files.items()}
     return {n: p.read_bytes() if n != "report.json" else str(read_json(p)["rows"]) for n, p in files.items()}
 
 class Forks:
     def __init__(self, root):
         import matplotlib; matplotlib.use("agg")
-        import blip3o_nb.cli, blip3o_nb.cli_eval, blip3o_nb.training, blip3o_nb.evaluate, blip3o_nb.report, blip3o_nb.extract, blip3o_nb.encoders, blip3o_nb.convert, blip3o_nb.monitors, blip3o_nb.trackers # noqa: all that a job loads
+        import blip3o_nb.commands.cli, blip3o_nb.commands.cli, blip3o_nb.runs.runs, blip3o_nb.judging.evaluate, blip3o_nb.judging.report, blip3o_nb.features.extract, blip3o_nb.features.encoders, blip3o_nb.earlier.pickles, blip3o_nb.training.monitors, blip3o_nb.training.monitors # noqa: all that a job loads
         warnings.simplefilter("ignore")
-        self.root, self.known, self.programs = root, {}, {n: getattr(m, n) for m in (blip3o_nb.cli, blip3o_nb.cli_eval) for n in dir(m) if n.startswith("blip3o_")}
+        self.root, self.known, self.programs = root, {}, {n: getattr(m, n) for m in (blip3o_nb.commands.cli, blip3o_nb.commands.cli) for n in dir(m) if n.startswith("blip3o_")}
     def start(self, job, out, before=None, more="", **env):
         line = JOBS[job].format(out=out, root=self.root).split() + more.split()
         if pid := os.fork(): return pid

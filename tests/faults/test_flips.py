@@ -3,14 +3,15 @@ import io, random, shutil, tarfile, warnings
 from types import SimpleNamespace
 import pytest, torch
 from PIL import Image
-from blip3o_nb.core import InputError, seed_everything, sha256_file, toy_features
-from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
-from blip3o_nb.images import read_images
-from blip3o_nb.inference import Pipeline, save_checkpoint
-from blip3o_nb.learner import flow_learner
-from blip3o_nb.loading import feature_dls
-from blip3o_nb.resume import CheckpointCallback
-from blip3o_nb.shards import FeatureDataset, ShardWriter
+from blip3o_nb.files import InputError, sha256_file
+from blip3o_nb.core import seed_everything, toy_features
+from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
+from blip3o_nb.features.images import read_images
+from blip3o_nb.generation.pipeline import Pipeline, save_checkpoint
+from blip3o_nb.training.learner import flow_learner
+from blip3o_nb.features.loading import feature_dls
+from blip3o_nb.runs.resume import CheckpointCallback
+from blip3o_nb.features.shards import FeatureDataset, ShardWriter
 
 def toy(folder, n, dtype="bf16", **kw):
     t = toy_features(n, grid=2, clip_dim=6, eva_dim=8)

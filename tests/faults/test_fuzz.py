@@ -10,20 +10,19 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from blip3o_nb.cli_eval import read_classes
-from blip3o_nb.convert import convert
-from blip3o_nb.core import InputError, toy_features
-from blip3o_nb.dit import BLIP3oDiT, BLIP3oDiTConfig
-from blip3o_nb.images import read_images
-from blip3o_nb.inference import Pipeline, save_checkpoint
-from blip3o_nb.learner import flow_learner
-from blip3o_nb.loading import tensor_dls
-from blip3o_nb.nextdit import NextDiT, NextDiTConfig
-from blip3o_nb.pickles import read_pickle_shard
-from blip3o_nb.pictures import ImageSource, Unreadable, read_captions
-from blip3o_nb.recipes import TrainingConfig, config_text, make_config, read_config
-from blip3o_nb.shards import FeatureDataset, ShardWriter
-from blip3o_nb.training import check_config
+from blip3o_nb.commands.cli import read_classes
+from blip3o_nb.earlier.pickles import convert, read_pickle_shard
+from blip3o_nb.files import InputError
+from blip3o_nb.core import toy_features
+from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
+from blip3o_nb.features.images import ImageSource, Unreadable, read_captions, read_images
+from blip3o_nb.generation.pipeline import Pipeline, save_checkpoint
+from blip3o_nb.training.learner import flow_learner
+from blip3o_nb.features.loading import tensor_dls
+from blip3o_nb.network.nextdit import NextDiT, NextDiTConfig
+from blip3o_nb.options import TrainingConfig, config_text, make_config, read_config
+from blip3o_nb.features.shards import FeatureDataset, ShardWriter
+from blip3o_nb.runs.runs import check_config
 
 MEMORY, SECONDS = 1 << 30, 20 # that one file may take: bytes beyond what the process has, and seconds
 LINE = 600                    # characters of a message, the path in it not counted

@@ -8,19 +8,18 @@ import numpy as np
 import open_clip, pytest, torch, transformers
 from PIL import Image
 from safetensors.torch import save_file
-from blip3o_nb import pickles
-from blip3o_nb.convert import convert
-from blip3o_nb.core import InputError, read_json, toy_features, write_json
-from blip3o_nb.encoders import load_encoder
-from blip3o_nb.extract import extract
-from blip3o_nb.images import read_images
-from blip3o_nb.inference import Pipeline, write_samples
-from blip3o_nb.pickles import read_pickle_shard
-from blip3o_nb.pictures import ImageSource, decode_image, read_captions
-from blip3o_nb.recipes import TrainingConfig, config_text
-from blip3o_nb.shards import FeatureDataset, ShardWriter
-from blip3o_nb.report import draw, page, table
-from blip3o_nb.resume import CheckpointCallback
+from blip3o_nb.earlier import pickles
+from blip3o_nb.earlier.pickles import convert, read_pickle_shard
+from blip3o_nb.files import InputError, read_json, write_json
+from blip3o_nb.core import toy_features
+from blip3o_nb.features.encoders import load_encoder
+from blip3o_nb.features.extract import extract
+from blip3o_nb.features.images import ImageSource, decode_image, read_captions, read_images
+from blip3o_nb.generation.pipeline import Pipeline, write_samples
+from blip3o_nb.options import TrainingConfig, config_text
+from blip3o_nb.features.shards import FeatureDataset, ShardWriter
+from blip3o_nb.judging.report import draw, page, table
+from blip3o_nb.runs.resume import CheckpointCallback
 from blip3o_nb.viz import gallery
 from test_fuzz import CONTRACT, LINE, PICTURES, Captions, Config, Converted, Flow, Headers, Manifest, Resumed, checkpoint, shards, trial, vm
 from test_properties import call
@@ -197,7 +196,7 @@ def test_statistics(tmp_path):
 # --- names ------------------------------------------------------------------------------------------------------------------------------------------------------
 class Given(ImageSource):
     def __init__(self, keys): super().__init__("given"); self.keys = list(keys)
-    def files(self, i): # a zero byte is no text, and a reason to leave the image out: 03a_pictures
+    def files(self, i): # a zero byte is no text, and a reason to leave the image out: 3_features/01_images
         return {"png": PICTURES[0], "txt": SHADY[i % len(SHADY)].replace("\0", "").encode()}
 
 class Fake:
@@ -237,7 +236,7 @@ def judged(root, names, model, keys, captions, monkeypatch):
     contract = {n: {**c, "model": model} for n, c in CONTRACT.items()}
     with ShardWriter(root/"set", contract) as w: w.add_batch([f"{i}{keys}" for i in range(64)], toy["clip"], toy["eva"], [f"{captions}{i % 9}" for i in range(64)], [""]*64)
     for n in names: f = checkpoint(root/n)/"flow.json"; write_json(f, read_json(f) | {"contract": contract, "training": {"note": model, model: captions}})
-    monkeypatch.setattr("blip3o_nb.report.write_report", lambda report, out, images: seen.append(report))
+    monkeypatch.setattr("blip3o_nb.judging.report.write_report", lambda report, out, images: seen.append(report))
     code, out, err = call("blip3o_eval", [*(str(root/n) for n in names), "--embeddings-dir", str(root/"set"), "--out", str(root/"out"), "--samples", "1"])
     assert code == 0, err
     return seen[0], out

@@ -7,9 +7,10 @@ from unittest.mock import patch
 import matplotlib.pyplot as plt
 import pytest, torch
 from PIL import Image
-from blip3o_nb.convert import convert
-from blip3o_nb.core import InputError, data_path, read_json, toy_features
-from blip3o_nb.shards import FeatureDataset, ShardWriter, leak_check
+from blip3o_nb.earlier.pickles import convert
+from blip3o_nb.files import InputError, data_path, read_json
+from blip3o_nb.core import toy_features
+from blip3o_nb.features.shards import FeatureDataset, ShardWriter, leak_check
 
 ABOUT = {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}
 
@@ -20,13 +21,13 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="memo
 
 @pytest.fixture(scope="module")
 def towers():
-    from blip3o_nb.encoders import load_encoder
+    from blip3o_nb.features.encoders import load_encoder
     return [load_encoder(n, device="cpu") for n in ("tiny-clip", "tiny-eva")]
 
 @pytest.fixture(scope="module")
 def pictures():
     "Bytes of some of the shipped pictures"
-    from blip3o_nb.images import read_images
+    from blip3o_nb.features.images import read_images
     source = read_images(data_path("openclipart.tar.gz"))
     return [source.files(i)["webp"] for i in range(8)]
 
@@ -53,7 +54,7 @@ class Meter:
 @pytest.mark.fault("a set of a million keys", "FeatureDataset, leak_check, feature_dls", "opened in seconds, in less than a kilobyte a key")
 def test_many_keys(tmp_path, times, record_property):
     "The short form has 20,000. Limits are about three times what a quiet core takes"
-    from blip3o_nb.loading import feature_dls
+    from blip3o_nb.features.loading import feature_dls
     import fastai.data.load # not counted
     n = times(20, 1000)*1000
     folder, said = large(tmp_path/"set", n//1000, 1000), {}
@@ -70,7 +71,7 @@ def test_many_keys(tmp_path, times, record_property):
 @needs_proc
 @pytest.mark.fault("a set of ten thousand shards, 1,024 files may be open", "FeatureDataset, feature_dls", "each sample once, 256 files open at most")
 def test_many_shards(tmp_path, times, record_property):
-    from blip3o_nb.loading import feature_dls
+    from blip3o_nb.features.loading import feature_dls
     n, limits, most, seen = times(600, 10_000), resource.getrlimit(resource.RLIMIT_NOFILE), 0, Counter()
     folder = large(tmp_path/"set", n, 2)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
@@ -92,7 +93,7 @@ LONG = ("a red boat on a lake at dawn, seen from a hill; "*2200)[:100_000].strip
 @needs_proc
 @pytest.mark.fault("captions of 100 kB beside pictures, in a table, of words and of one word", "extract, FeatureDataset", "stored whole, in bounded memory")
 def test_long_captions_are_stored(tmp_path, towers, pictures, record_property):
-    from blip3o_nb.extract import extract
+    from blip3o_nb.features.extract import extract
     folder = tmp_path/"pictures"; folder.mkdir()
     captions = {f"{i}": c for i, c in enumerate((LONG, "\u4e2d"*100_000, "x"*100_000, "", "\U0001f600"*10_000))}
     for (k, c), data in zip(captions.items(), pictures): (folder/f"{k}.webp").write_bytes(data); (folder/f"{k}.txt").write_text(c)
@@ -106,7 +107,7 @@ def test_long_captions_are_stored(tmp_path, towers, pictures, record_property):
 
 @pytest.mark.fault("a text of more than a megabyte where a caption should be", "extract", "the picture is listed, the others are stored")
 def test_a_book_is_no_caption(tmp_path, towers, pictures):
-    from blip3o_nb.extract import extract
+    from blip3o_nb.features.extract import extract
     folder = tmp_path/"pictures"; folder.mkdir()
     for k, data, caption in zip("ab", pictures, ("a boat", "a boat, "*200_000)): (folder/f"{k}.webp").write_bytes(data); (folder/f"{k}.txt").write_text(caption)
     assert extract(folder, tmp_path/"set", *towers, progress=False).keys == ["a"]
@@ -133,7 +134,7 @@ def test_long_captions_are_encoded(towers, record_property):
 @pytest.mark.fault("captions of 100 kB, of words and of one word", "gallery, plot_nearest, plot_mix, show_sample", "cut, in seconds")
 def test_long_captions_are_cut_in_figures(tmp_path, record_property):
     from blip3o_nb.viz import fig_to_png, gallery
-    from blip3o_nb.widgets import plot_mix, plot_nearest, show_sample
+    from blip3o_nb.generation.widgets import plot_mix, plot_nearest, show_sample
     texts, emb = [LONG, "x"*100_000, "\u4e2d"*100_000, "$"*100_000, "a\n"*50_000], torch.randn(5, 8)
     toy, grey = toy_features(5), Image.new("RGB", (8, 8), "grey")
     with ShardWriter(tmp_path/"set", ABOUT) as w: w.add_batch(toy["keys"], toy["clip"], toy["eva"], texts, [""]*5)
@@ -158,8 +159,8 @@ def few(folder, training, held_out):
     return folder
 
 def trained(features, out, cbs=(), **options):
-    from blip3o_nb.recipes import make_config
-    from blip3o_nb.training import train
+    from blip3o_nb.options import make_config
+    from blip3o_nb.runs.runs import train
     return train(make_config(**{**dict(embeddings_dir=str(features), output_dir=str(out), **TINY, num_epochs=1, batch_size=1, monitor_every=1, device="cpu"), **options}), progress=False, cbs=cbs)
 
 TINY = dict(model_size="nano", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
@@ -191,9 +192,9 @@ def test_one_picture_and_equal_pictures_train(tmp_path, record_property):
 
 @pytest.mark.fault("6 and 1, 4 and 2, 6 and 2 pictures in training and held out; none to generate from", "convert, evaluate, write_report, Pipeline", "one line, or the right result")
 def test_few_samples_judged(tmp_path, record_property):
-    from blip3o_nb.evaluate import evaluate
-    from blip3o_nb.inference import Pipeline
-    from blip3o_nb.report import write_report
+    from blip3o_nb.judging.evaluate import evaluate
+    from blip3o_nb.generation.pipeline import Pipeline
+    from blip3o_nb.judging.report import write_report
     features = {n: few(tmp_path/f"{n}", *n) for n in ((6, 1), (4, 2), (6, 2))}
     trained(features[6, 2], tmp_path/"run", eval_samples=0)
     for n in ((6, 1), (4, 2)):
@@ -209,7 +210,7 @@ def test_few_samples_judged(tmp_path, record_property):
 
 @pytest.mark.fault("one and two pictures", "extract", "as many samples")
 def test_few_pictures_extracted(tmp_path, towers, pictures):
-    from blip3o_nb.extract import extract
+    from blip3o_nb.features.extract import extract
     for n in (1, 2):
         folder = tmp_path/f"{n}"; folder.mkdir()
         for i in range(n): (folder/f"{i}.webp").write_bytes(pictures[i])
@@ -238,7 +239,7 @@ class Gauge:
 def test_training_for_long(tmp_path, times, record_property):
     "Checkpoints, monitors, generation, the live plot; the record grows by two numbers a step and a list or two at each look of the monitors, and nothing else does"
     from fastai.callback.core import Callback
-    from blip3o_nb import monitors
+    from blip3o_nb.runs.runs import monitors
     epochs, gauge, drawn = times(8, 160), Gauge(), []
     class Look(Callback):
         order, run_valid = 99, False
@@ -258,11 +259,11 @@ REPEATED = {"extraction": 6, "a set": 16, "a pipeline": 8, "an evaluation and it
 @pytest.mark.parametrize("what", [*list(REPEATED)[:3], pytest.param(list(REPEATED)[3], marks=pytest.mark.slow)])
 @pytest.mark.fault("the same again and again", "extract, FeatureDataset and feature_dls, Pipeline, evaluate and write_report", "memory, objects, files, threads and figures as after the first quarter")
 def test_again_and_again(what, tmp_path, towers, pictures, times, record_property):
-    from blip3o_nb.evaluate import evaluate
-    from blip3o_nb.extract import extract
-    from blip3o_nb.inference import Pipeline
-    from blip3o_nb.loading import feature_dls
-    from blip3o_nb.report import write_report
+    from blip3o_nb.judging.evaluate import evaluate
+    from blip3o_nb.features.extract import extract
+    from blip3o_nb.generation.pipeline import Pipeline
+    from blip3o_nb.features.loading import feature_dls
+    from blip3o_nb.judging.report import write_report
     n, gauge = REPEATED[what]*times(1, 8), Gauge()
     features = few(tmp_path/"set", 24, 8)
     if what in ("a pipeline", "an evaluation and its report"): trained(features, tmp_path/"run", eval_samples=0)

@@ -6,15 +6,17 @@ from pathlib import Path
 import pytest
 import torch, torch.nn.functional as F
 from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
-from blip3o_nb import cli, cli_eval, metrics
-from blip3o_nb.command import fold
-from blip3o_nb.convert import convert
-from blip3o_nb.core import InputError, layout_of, to_layout
-from blip3o_nb.dit import BLIP3oDiTConfig
-from blip3o_nb.nextdit import NextDiTConfig
-from blip3o_nb.recipes import RECIPES, TrainingConfig, config_text, make_config, read_config
-from blip3o_nb.shards import DTYPES, FeatureDataset, ShardWriter
-from blip3o_nb.training import check_config
+from blip3o_nb.commands import cli, cli as cli_eval
+from blip3o_nb.judging import metrics
+from blip3o_nb.commands.command import fold
+from blip3o_nb.earlier.pickles import convert
+from blip3o_nb.files import InputError
+from blip3o_nb.core import layout_of, to_layout
+from blip3o_nb.network.dit import BLIP3oDiTConfig
+from blip3o_nb.network.nextdit import NextDiTConfig
+from blip3o_nb.options import RECIPES, TrainingConfig, config_text, make_config, read_config
+from blip3o_nb.features.shards import DTYPES, FeatureDataset, ShardWriter
+from blip3o_nb.runs.runs import check_config
 
 def prop(*examples, **strategies):
     "A test of a property: its arguments are drawn from the strategies, and `examples` are tried first"

@@ -14,7 +14,7 @@ settings = configparser.ConfigParser(delimiters=["="]); settings.read(ROOT/"sett
 DECLARED = {extra: [Requirement(r) for r in settings["DEFAULT"][f"{extra}_requirements".lstrip("_")].split()] for extra in ("", "dev", "trackers")}
 LOCK = [Requirement(line) for line in (ROOT/"requirements.lock").read_text().splitlines()]
 UNLOCKED = {"wandb"} # an extra that nothing here installs: `make` would bring it to everybody
-TOOLS = {"jupyterlab": "Makefile", "nbdev": "docs.sh", "datasets": "blip3o_nb/images.py", "ipykernel": "tests/test_widgets.py", "accelerate": "tests/test_distributed.py", "tensorboard": "blip3o_nb/trackers.py",
+TOOLS = {"jupyterlab": "Makefile", "nbdev": "docs.sh", "datasets": "blip3o_nb/features/images.py", "ipykernel": "tests/test_widgets.py", "accelerate": "tests/test_distributed.py", "tensorboard": "blip3o_nb/training/monitors.py",
          "torchvision": "tests/conftest.py"} # used and not imported: where; torchvision by the image processors of transformers, which does not require it
 
 owners = cache(packages_distributions) # module -> distributions
@@ -70,7 +70,7 @@ def undeclared(sources, declared, extras):
 @pytest.mark.fault("an import of what is not required, a requirement that nothing uses", "settings.ini", "named")
 def test_imports_are_declared_and_requirements_used(record_property):
     always, extras = {name_of(r) for r in DECLARED[""]}, {name_of(r) for e in ("dev", "trackers") for r in DECLARED[e]}
-    package = {p.name: p.read_text() for p in (ROOT/"blip3o_nb").glob("*.py")}
+    package = {str(p.relative_to(ROOT/"blip3o_nb")): p.read_text() for p in (ROOT/"blip3o_nb").rglob("*.py")}
     assert package and not list(undeclared(package, always, extras))
     assert list(undeclared({"a.py": "def f(): import colorama_is_not_here"}, always, extras)) and list(undeclared({"a.py": "import pytest"}, always, extras)) and not list(undeclared({"a.py": "def f(): import pytest"}, always, extras))
     left = (always | extras) - {n for n, file in TOOLS.items() if re.search(rf"\b({n}|{n.replace('lab', ' lab')})\b", (ROOT/file).read_text())}
@@ -168,9 +168,9 @@ def test_the_guard_sees_who_is_contacted(tmp_path):
 
 @pytest.mark.fault("a training without a tracker, sockets blocked", "blip3o_train", "trains, and nobody is contacted")
 def test_training_contacts_nobody(tmp_path, monkeypatch, capsys, alone):
-    from blip3o_nb.cli import blip3o_train
+    from blip3o_nb.commands.cli import blip3o_train
     from blip3o_nb.core import toy_features
-    from blip3o_nb.shards import ShardWriter
+    from blip3o_nb.features.shards import ShardWriter
     monkeypatch.setenv("CONTACTED", str(tmp_path/"contacted"))
     toy = toy_features(24, grid=2)
     with ShardWriter(tmp_path/"features", {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}) as w: w.add_batch(toy["keys"], toy["clip"], toy["eva"], toy["captions"], [""]*24)
@@ -195,8 +195,8 @@ def test_lowest_versions(tmp_path):
     run(uv, "pip", "install", "--quiet", "--python", env/"bin/python", "--resolution", "lowest-direct", "-r", tmp_path/"in")
     installed = {canonicalize_name(n): Version(v) for n, v in (line.split("==") for line in run(uv, "pip", "freeze", "--python", env/"bin/python").splitlines() if "==" in line)}
     assert installed["torch"] < Version(distribution("torch").version.partition("+")[0])
-    run(env/"bin/python", "-c", f"import sys; sys.argv = ['blip3o_demo', '--limit', '96', '--epochs', '1', '--out', {str(tmp_path/'demo')!r}]\nfrom blip3o_nb.cli import blip3o_demo; blip3o_demo()")
+    run(env/"bin/python", "-c", f"import sys; sys.argv = ['blip3o_demo', '--limit', '96', '--epochs', '1', '--out', {str(tmp_path/'demo')!r}]\nfrom blip3o_nb.commands.cli import blip3o_demo; blip3o_demo()")
     assert (tmp_path/"demo"/"report.html").exists()
     for name in LOWEST: run(env/"bin/python", "-c", f"from nbdev.test import nbdev_test; nbdev_test({f'nbs/{name}.ipynb'!r}, n_workers=0)")
 
-LOWEST = ("01_viz", "02_shards", "03_encoders", "03b_images", "07b_nextdit", "12_learner", "13d_recipes", "14a_report", "15_widgets") # those that use most of other libraries
+LOWEST = ("02_viz", "3_features/03_shards", "3_features/02_encoders", "3_features/01_images", "2_network/03_nextdit", "4_training/02_learner", "03_options", "6_judging/04_report", "5_generation/02_widgets") # those that use most of other libraries

@@ -1,0 +1,1 @@
+"Formats and words of earlier work"

@@ -1,0 +1,1 @@
+"Images and texts to columns of tokens, and columns to batches"

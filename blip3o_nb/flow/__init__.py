@@ -1,0 +1,1 @@
+"The idea: probability paths, samplers and losses, on tensors alone"

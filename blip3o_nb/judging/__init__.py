@@ -1,0 +1,1 @@
+"How good, beside what, and how surely"

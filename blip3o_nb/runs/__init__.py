@@ -1,0 +1,1 @@
+"A whole training: stopped, resumed, on one processor or many"

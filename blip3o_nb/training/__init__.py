@@ -1,0 +1,1 @@
+"A fastai Learner in one process"
