@@ -15,16 +15,29 @@ from pathlib import Path
 
 # %% ../nbs/00_files.ipynb #51994231
 def one_line(text:str, most:int=600) -> str:
-    "Text as one line that does nothing to a terminal: escapes for what is not printable, the middle left out of what is long"
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in re.sub(r"\s*[\r\n]\s*", " ", text[:2*most] + text[max(2*most, len(text) - most):]))
+    """Text as one line that does nothing to a terminal.
+
+    What is not printable becomes an escape, the middle of what is long is left out."""
+    ends = text[:2*most] + text[max(2*most, len(text) - most):]
+    flat = re.sub(r"\s*[\r\n]\s*", " ", ends)
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in flat)
     return text if len(text) <= most else f"{text[:most*2//3 - 5]} ... {text[-most//3:]}"
 
 class InputError(ValueError):
     "Bad input: one line that says what is wrong and what to do"
-    def __init__(self, line:str): self.line = one_line(str(line)); super().__init__(self.line)
+    def __init__(self, line:str):
+        self.line = one_line(str(line))
+        super().__init__(self.line)
     def __str__(self): return self.line # fastai puts the names of callbacks into `args`
 
 # %% ../nbs/00_files.ipynb #9547fbd5
+def _sync_folder(folder):
+    "Write a folder's own entries to disk, where the system can"
+    if os.name != "posix": return
+    fd = os.open(folder, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
 @contextmanager
 def atomic_path(
     path:str|Path,            # the file to write
@@ -35,37 +48,47 @@ def atomic_path(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, tmp = tempfile.mkstemp(dir=staging or path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as e: raise InputError(f"cannot write {path}: {e.strerror}; choose another folder or free some space") from e
+    except OSError as e:
+        raise InputError(f"cannot write {path}: {e.strerror}; choose another folder or free some space") from e
     os.close(fd)
     try:
         yield Path(tmp)
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
-        os.chmod(tmp, 0o644); os.replace(tmp, path)
-        if os.name == "posix": # the folder's own entry
-            fd = os.open(path.parent, os.O_RDONLY)
-            try: os.fsync(fd)
-            finally: os.close(fd)
+        os.chmod(tmp, 0o644)
+        os.replace(tmp, path)
+        _sync_folder(path.parent)
     finally: Path(tmp).unlink(missing_ok=True)
 
 # %% ../nbs/00_files.ipynb #b1d12239
 def os_error(e:Exception) -> OSError:
-    "What a library raised when a file could not be written, as the `OSError` that stands behind it: a command tells by it that the machine is at fault and not the input"
+    """The `OSError` that stands behind what a library raised when a file could not be written.
+
+    A command tells by it that the machine is at fault and not the input."""
     return e if isinstance(e, OSError) else OSError(str(e))
 
-def _seal(obj): return hashlib.sha256(json.dumps({k: v for k, v in obj.items() if k != "seal"}, sort_keys=True).encode()).hexdigest()
+def _seal(obj):
+    text = json.dumps({k: v for k, v in obj.items() if k != "seal"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 def write_json(path:str|Path, obj, staging:str|Path|None=None) -> None:
     "Write `obj` as JSON, whole or not at all; a dictionary gets a `seal`, the checksum of the rest"
-    if isinstance(obj, dict): obj = json.loads(json.dumps(obj)); obj["seal"] = _seal(obj)
-    with atomic_path(path, staging) as tmp: tmp.write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace") # half a character is an escape in JSON
+    if isinstance(obj, dict):
+        obj = json.loads(json.dumps(obj))
+        obj["seal"] = _seal(obj)
+    text = json.dumps(obj, indent=2, ensure_ascii=False) + "\n"
+    with atomic_path(path, staging) as tmp:
+        tmp.write_text(text, encoding="utf-8", errors="backslashreplace") # half a character is an escape in JSON
 
 def read_json(path:str|Path):
     "Read a JSON file; raises `InputError` that names the file, also where its seal does not fit"
     try: obj = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as e: raise InputError(f"no file {path}: check the path, or make it first") from e
-    except (OSError, ValueError, RecursionError) as e: raise InputError(f"cannot read {path}: {e}; delete it and make it again") from e
-    if isinstance(obj, dict) and (seal := obj.pop("seal", None)) not in (None, _seal(obj)):
-        raise InputError(f"{path} does not match its seal: it was damaged or edited; restore it, or delete its entry \"seal\" if the change is yours")
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"cannot read {path}: {e}; delete it and make it again") from e
+    sealed = isinstance(obj, dict) and "seal" in obj
+    if sealed and obj.pop("seal") != _seal(obj):
+        raise InputError(f"{path} does not match its seal: it was damaged or edited; restore it, or delete its "
+                         "entry \"seal\" if the change is yours")
     return obj
 
 # %% ../nbs/00_files.ipynb #a8fca7f9
@@ -75,16 +98,20 @@ def sha256_file(path:str|Path) -> str:
 
 @functools.lru_cache(maxsize=None)
 def _same_sum(path, size, mtime): # once for a file that does not change
-    try: lines = path.with_name("SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    sums = path.with_name("SHA256SUMS")
+    try: lines = sums.read_text(encoding="utf-8").splitlines()
     except OSError: return
-    except UnicodeDecodeError: raise InputError(f"{path.with_name('SHA256SUMS')} is no text: restore it")
+    except UnicodeDecodeError: raise InputError(f"{sums} is no text: restore it")
     for line in lines:
         want, _, name = line.partition("  ")
-        if name == path.name and want != sha256_file(path): raise InputError(f"{path} does not match its line in SHA256SUMS: it was damaged or changed; restore it, or make the list again with sha256sum")
+        if name == path.name and want != sha256_file(path):
+            raise InputError(f"{path} does not match its line in SHA256SUMS: it was damaged or changed; "
+                             "restore it, or make the list again with sha256sum")
 
 def check_sum(path:str|Path) -> None:
     "Raise `InputError` where a list `SHA256SUMS` beside a file has another checksum for it"
-    path = Path(path); s = path.stat()
+    path = Path(path)
+    s = path.stat()
     _same_sum(path, s.st_size, s.st_mtime_ns)
 
 # %% ../nbs/00_files.ipynb #791adc2e
@@ -93,6 +120,7 @@ def data_path(
 ) -> Path:
     "Where a shipped file lies; raises `InputError` where the installation lacks it or it was damaged"
     p = Path(__file__).parent/"data"/name
-    if not p.exists(): raise InputError(f"the package's data file '{name}' is missing at {p}: reinstall blip3o_nb")
+    if not p.exists():
+        raise InputError(f"the package's data file '{name}' is missing at {p}: reinstall blip3o_nb")
     for f in p.iterdir() if p.is_dir() else [p]: check_sum(f)
     return p
