@@ -172,7 +172,7 @@ def tensor_seal(tensors:dict, metadata:dict) -> str:
     return h.hexdigest()
 
 def _sort_header(file):
-    "The library writes metadata in an order that changes from run to run: the same content should be the same bytes"
+    "Sort the metadata, which the library writes in any order: the same content should be the same bytes"
     with open(file, "r+b") as f:
         n = int.from_bytes(f.read(8), "little")
         head = json.loads(f.read(n))
@@ -189,7 +189,8 @@ def save_tensors(path:str|Path, tensors:dict, metadata:dict|None=None) -> None: 
     with atomic_path(path) as tmp:
         try: save_file({k: t.contiguous() for k, t in tensors.items()}, tmp, {**metadata, "seal": seal})
         except SafetensorError as e:
-            raise InputError(f"cannot write {path}: {e}; free some space or choose another folder") from os_error(e)
+            raise InputError(f"cannot write {path}: {e}; free some space "
+                             "or choose another folder") from os_error(e)
         _sort_header(tmp)
 
 def load_tensors(path:str|Path) -> tuple: # (name -> tensor, metadata)
@@ -197,13 +198,14 @@ def load_tensors(path:str|Path) -> tuple: # (name -> tensor, metadata)
     try:
         with safe_open(path, "pt") as f: metadata = f.metadata() or {}
         tensors = load_file(path)
-    except FileNotFoundError as e: raise InputError(f"no file {path}: check the path, or make it first") from e
+    except FileNotFoundError as e:
+        raise InputError(f"no file {path}: check the path, or make it first") from e
     except (OSError, SafetensorError) as e:
         raise InputError(f"cannot read {path}: {e}; restore it, or delete it and make it again") from e
     seal = metadata.pop("seal", None)
     if seal not in (None, tensor_seal(tensors, metadata)):
-        raise InputError(f"{path} does not match its seal: it was damaged after writing; restore it, or delete "
-                         "it and make it again")
+        raise InputError(f"{path} does not match its seal: it was damaged after writing; restore it, "
+                         "or delete it and make it again")
     return tensors, metadata
 
 # %% ../nbs/01_core.ipynb #51515727
@@ -211,7 +213,8 @@ def ranks() -> tuple: # (rank, number of processes)
     "Which of how many processes this is; raises `InputError` where the environment says something impossible"
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        raise InputError(f"RANK={rank} and WORLD_SIZE={world} name no process: unset both, or start with torchrun")
+        raise InputError(f"RANK={rank} and WORLD_SIZE={world} name no process: unset both, or start "
+                         "with torchrun")
     return int(rank), int(world)
 
 @contextmanager
@@ -220,15 +223,15 @@ def reading_ahead():
 
     torch raises it wherever this process is just then, so all that happens while it reads stands in here."""
     shown = sys.unraisablehook
-    def show(u): # a thread that was about to start just then is forgotten by the one that starts it, and says so
+    def show(u): # a thread that was about to start is forgotten by the one that starts it, and says so
         forgotten = isinstance(u.exc_value, KeyError) and "thread started by" in (u.err_msg or "")
         if not forgotten: shown(u)
     sys.unraisablehook = show
     try: yield
     except RuntimeError as e:
         if "DataLoader worker" not in str(e): raise
-        raise InputError("a process that reads ahead was killed, most often for want of memory: start the same "
-                         "command again, with fewer num_workers; what is complete is kept"
+        raise InputError("a process that reads ahead was killed, most often for want of memory: start the "
+                         "same command again, with fewer num_workers; what is complete is kept"
                         ) from ChildProcessError(str(e))
     finally: sys.unraisablehook = shown
 

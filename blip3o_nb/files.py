@@ -49,7 +49,8 @@ def atomic_path(
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, tmp = tempfile.mkstemp(dir=staging or path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as e:
-        raise InputError(f"cannot write {path}: {e.strerror}; choose another folder or free some space") from e
+        raise InputError(f"cannot write {path}: {e.strerror}; choose another folder "
+                         "or free some space") from e
     os.close(fd)
     try:
         yield Path(tmp)
@@ -76,19 +77,20 @@ def write_json(path:str|Path, obj, staging:str|Path|None=None) -> None:
         obj = json.loads(json.dumps(obj))
         obj["seal"] = _seal(obj)
     text = json.dumps(obj, indent=2, ensure_ascii=False) + "\n"
-    with atomic_path(path, staging) as tmp:
-        tmp.write_text(text, encoding="utf-8", errors="backslashreplace") # half a character is an escape in JSON
+    with atomic_path(path, staging) as tmp: # half a character becomes an escape, as in JSON
+        tmp.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 def read_json(path:str|Path):
     "Read a JSON file; raises `InputError` that names the file, also where its seal does not fit"
     try: obj = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as e: raise InputError(f"no file {path}: check the path, or make it first") from e
+    except FileNotFoundError as e:
+        raise InputError(f"no file {path}: check the path, or make it first") from e
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"cannot read {path}: {e}; delete it and make it again") from e
     sealed = isinstance(obj, dict) and "seal" in obj
     if sealed and obj.pop("seal") != _seal(obj):
-        raise InputError(f"{path} does not match its seal: it was damaged or edited; restore it, or delete its "
-                         "entry \"seal\" if the change is yours")
+        raise InputError(f"{path} does not match its seal: it was damaged or edited; restore it, or delete "
+                         "its entry \"seal\" if the change is yours")
     return obj
 
 # %% ../nbs/00_files.ipynb #a8fca7f9
