@@ -3,8 +3,8 @@ import sys
 from machine import median, now, spread, turns
 import json, subprocess
 
-WAYS = {"an empty Python": "pass", "import blip3o_nb": "import blip3o_nb", "import torch": "import torch", "from blip3o_nb.network.dit import *": "from blip3o_nb.dit import *",
-        "from blip3o_nb.training.learner import *": "from blip3o_nb.learner import *", "blip3o_train --help": "import sys; sys.argv = ['blip3o_train', '--help']; from blip3o_nb.cli import blip3o_train; blip3o_train()"}
+WAYS = {"an empty Python": "pass", "import blip3o_nb": "import blip3o_nb", "import torch": "import torch", "from blip3o_nb.network.dit import *": "from blip3o_nb.network.dit import *",
+        "from blip3o_nb.training.learner import *": "from blip3o_nb.training.learner import *", "blip3o_train --help": "import sys; sys.argv = ['blip3o_train', '--help']; from blip3o_nb.commands.cli import blip3o_train; blip3o_train()"}
 HEAVY = ("torch", "fastai", "open_clip", "transformers", "timm", "diffusers", "matplotlib", "pandas")
 
 def run(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -1,5 +1,5 @@
 """Export and clean leave the tree as it is, and each module imports by itself."""
-import os, shutil, subprocess, sys
+import ast, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from conftest import LIBRARIES
@@ -81,3 +81,79 @@ def test_the_site_can_be_made():
     "As `make docs` does: nbdev runs the cells that export or import, and those only, for the documentation: an import stands in a cell that needs no other"
     r = run(sys.executable, "-c", SITE)
     assert r.returncode == 0 and not r.stdout, r.stdout + r.stderr
+
+# The house
+
+ROOMS = 32 # modules at most: fewer, fuller rooms
+
+def rooms(nbs):
+    "Module -> its notebook, in the order of reading: the ground, then the parts by number"
+    found = {}
+    for nb in sorted(nbs.glob("[0-9]*/[0-9]*.ipynb")) + sorted(nbs.glob("[0-9]*.ipynb")):
+        source = "".join(json.loads(nb.read_text())["cells"][0]["source"])
+        found[re.fullmatch(r"#\| default_exp (\S+)", source.strip())[1]] = nb.relative_to(nbs)
+    return dict(sorted(found.items(), key=lambda room: (len(room[1].parts), room[1])))
+
+def imported(module, source):
+    "Modules of the package that a module imports, within its functions too"
+    for n in ast.walk(ast.parse(source)):
+        if not isinstance(n, ast.ImportFrom): continue
+        name = n.module or ""
+        if n.level: yield ".".join([*module.split(".")[:-n.level], *filter(None, [name])])
+        elif name.startswith("blip3o_nb."): yield name.removeprefix("blip3o_nb.")
+
+def odd_imports(sources):
+    "Imports that run up the order of `sources`; the room of earlier formats is for commands and runs only"
+    place = {m: i for i, m in enumerate(sources)}
+    for module, source in sources.items():
+        part = module.partition(".")[0]
+        for other in imported(module, source):
+            if other not in place: yield f"{module} imports {other}, which is no room"
+            elif other.startswith("earlier.") and part != "earlier":
+                if part not in ("commands", "runs"): yield f"{module} imports {other}"
+            elif place[other] >= place[module]: yield f"{module} imports {other}, which comes later"
+
+def test_no_arrow_runs_up():
+    names = rooms(ROOT/"nbs")
+    assert set(names) == set(MODULES) and len(names) <= ROOMS
+    assert not list(odd_imports({m: (PACKAGE/f"{m.replace('.', '/')}.py").read_text() for m in names}))
+
+def test_an_arrow_that_runs_up_is_seen():
+    sources = {"files": "", "core": "def f(): from .flow.paths import x", "flow.paths": "from ..core import y",
+               "flow.losses": "from blip3o_nb.earlier.names import z\nfrom .samplers import s",
+               "earlier.names": "from ..files import w"}
+    assert list(odd_imports(sources)) == ["core imports flow.paths, which comes later",
+                                          "flow.losses imports earlier.names",
+                                          "flow.losses imports flow.samplers, which is no room"]
+
+def test_each_notebook_writes_the_module_that_its_place_says():
+    for module, nb in rooms(ROOT/"nbs").items():
+        assert module == ".".join(re.sub(r"^\d+_", "", p) for p in nb.with_suffix("").parts)
+
+NO_TORCH = ("files", "options", "commands.command", "commands.cli", "earlier.names")
+
+def test_commands_explain_themselves_without_torch():
+    code = "import sys, importlib\nfor m in sys.argv[1:]: importlib.import_module(f'blip3o_nb.{m}')\nprint('torch' in sys.modules)"
+    r = run(sys.executable, "-c", code, *[m for m in NO_TORCH if m in MODULES])
+    assert r.stdout == "False\n", r.stdout + r.stderr
+
+def test_every_public_name_and_every_module_of_before():
+    "Public names are there; a module of before names the room that holds its names now"
+    import blip3o_nb
+    assert all(getattr(blip3o_nb, name) for name in blip3o_nb.__all__)
+    for old, new in blip3o_nb._MOVED.items():
+        if old == "training": continue # a part has that name now
+        with pytest.raises(ImportError, match=f"blip3o_nb.{old} is now blip3o_nb.{new}: import from there"):
+            __import__(f"blip3o_nb.{old}")
+    with pytest.raises(ImportError, match="blip3o_nb.training.train is now blip3o_nb.runs.runs"):
+        exec("from blip3o_nb.training import train")
+    with pytest.raises(ImportError, match="blip3o_nb.shards is now blip3o_nb.features.shards"):
+        exec("from blip3o_nb import shards")
+    with pytest.raises(ModuleNotFoundError): __import__("blip3o_nb.no_such_room")
+
+def test_no_room_knows_the_names_of_features():
+    "A feature is a named column: only shipped tasks, short forms of commands and earlier formats say which"
+    free = {PACKAGE/"core.py", PACKAGE/"_modidx.py", *(PACKAGE/"commands").glob("*.py"), *(PACKAGE/"earlier").glob("*.py")}
+    named = [f"{p.relative_to(PACKAGE)}: {line}" for p in PACKAGE.rglob("*.py") if p not in free
+             for line in p.read_text().splitlines() if re.search(r"""["'](clip|eva)["']""", line)]
+    assert not named
