@@ -1,4 +1,4 @@
-"""Take the tokens of a CLIP or EVA-CLIP at a stated stage and layout, and turn tokens back into the image embedding that its own library computes.
+"""Load a frozen encoder by name, take its tokens at a stated stage and layout, and turn tokens back into the image embedding that its own library computes.
 
 Docs: https://blip3o-nb.github.io/blip3o_nb/3_features/encoders.html.md"""
 
@@ -8,12 +8,13 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/3_features/encoders.html.md"""
 __all__ = ['STAGES', 'PARTS', 'LONGEST', 'TINY', 'CHECKPOINTS', 'PRECISIONS', 'leaving', 'Tower', 'OpenClipTower', 'TimmTower',
            'eva02_nano_patch12_96', 'HFTower', 'EvaClipTower', 'tower_of', 'Encoder', 'frozen', 'fingerprint',
            'nearest', 'parse_name', 'loading', 'load_open_clip', 'load_transformers', 'load_remote', 'as_dtype',
-           'load_encoder']
+           'own_encoder', 'load_encoder']
 
 # %% ../../nbs/3_features/02_encoders.ipynb #ecf4ac3f
 import difflib, hashlib, json, logging, pickle, re, textwrap
 from contextlib import contextmanager
 from functools import partial, wraps
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 import open_clip, timm, torch
@@ -79,9 +80,11 @@ class OpenClipTower(Tower):
         super().__init__(model, *args, **kwargs)
         v = self.visual = model.visual
         if v.attn_pool is not None or v.pool_type == "none":
-            raise InputError("this tower pools with attention: choose one that pools its CLS token or its patch mean")
+            raise InputError("this tower pools with attention: choose one that pools its CLS token or its "
+                             "patch mean")
         self.blocks, self.image_size = v.transformer.resblocks, v.image_size[0]
-        self.pooling = "cls" if v.pool_type == "tok" else "mean_first" if v.final_ln_after_pool else "mean"
+        mean = "mean_first" if v.final_ln_after_pool else "mean"
+        self.pooling = "cls" if v.pool_type == "tok" else mean
     def hidden(self, images): return leaving(self.visual.transformer, self.visual, images) # [B, N, D]
     def norm(self, x): return self.visual.ln_post(x)
     def project(self, x): return x if self.visual.proj is None else x @ self.visual.proj   # [B, N, E]
@@ -93,20 +96,27 @@ class TimmTower(Tower):
     def __init__(self, model, *args, **kwargs):
         super().__init__(model, *args, **kwargs)
         t = self.trunk = model.visual.trunk
-        if not isinstance(t, (Eva, timm.models.VisionTransformer)) or t.attn_pool is not None or t.global_pool not in ("token", "avg"):
-            raise InputError(f"{type(t).__name__} does not pool its CLS token or its patch mean: choose a ViT or EVA tower that does")
-        self.blocks, self.image_size, after = t.blocks, model.visual.image_size[0], not isinstance(t.fc_norm, nn.Identity)
-        self.pooling = "cls" if t.global_pool == "token" else "mean_first" if after else "mean"
-    def hidden(self, images): return leaving(self.trunk.blocks[-1], self.trunk.forward_features, images) # [B, N, D]
+        plain = isinstance(t, (Eva, timm.models.VisionTransformer)) and t.attn_pool is None
+        if not plain or t.global_pool not in ("token", "avg"):
+            raise InputError(f"{type(t).__name__} does not pool its CLS token or its patch mean: choose a "
+                             "ViT or EVA tower that does")
+        self.blocks, self.image_size = t.blocks, model.visual.image_size[0]
+        mean = "mean" if isinstance(t.fc_norm, nn.Identity) else "mean_first"
+        self.pooling = "cls" if t.global_pool == "token" else mean
+    def hidden(self, images):
+        return leaving(self.trunk.blocks[-1], self.trunk.forward_features, images)          # [B, N, D]
     def norm(self, x): return self.trunk.fc_norm(self.trunk.norm(x))
-    def project(self, x): return self.model.visual.head(self.trunk.head(x))                              # [B, N, E]
-    def text(self, ids): return self.model.encode_text(ids)                                              # [B, E]
+    def project(self, x): return self.model.visual.head(self.trunk.head(x)) # [B, N, E]
+    def text(self, ids): return self.model.encode_text(ids)             # [B, E]
 
 # %% ../../nbs/3_features/02_encoders.ipynb #9aaf25cd
-def eva02_nano_patch12_96(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+def eva02_nano_patch12_96(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None,
+                          **kwargs):
     "The shipped EVA02: 96 pixels, patches of 12, width 256, 4 blocks; has no published weights"
-    return Eva(**dict(img_size=96, patch_size=12, embed_dim=256, depth=4, num_heads=4, qkv_fused=False, mlp_ratio=4*2/3, swiglu_mlp=True,
-                      scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True, ref_feat_shape=(8, 8)) | kwargs)
+    own = dict(img_size=96, patch_size=12, embed_dim=256, depth=4, num_heads=4, qkv_fused=False,
+               mlp_ratio=4*2/3, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True,
+               ref_feat_shape=(8, 8))
+    return Eva(**own | kwargs)
 
 if not timm.is_model("eva02_nano_patch12_96"): register_model(eva02_nano_patch12_96)
 
@@ -117,23 +127,34 @@ class HFTower(Tower):
     def image_size(self): return self.model.config.vision_config.image_size
     @property
     def blocks(self): return self.model.vision_model.encoder.layers
-    def hidden(self, images): return self.model.vision_model(pixel_values=images).last_hidden_state # [B, N, D]
+    def hidden(self, images):
+        return self.model.vision_model(pixel_values=images).last_hidden_state # [B, N, D]
     def norm(self, x): return self.model.vision_model.post_layernorm(x)
-    def project(self, x): return self.model.visual_projection(x)                                    # [B, N, E]
+    def project(self, x):
+        return self.model.visual_projection(x)                                    # [B, N, E]
     def text(self, ids): return self.model.get_text_features(**ids).pooler_output                   # [B, E]
 
 # %% ../../nbs/3_features/02_encoders.ipynb #ff837881
-PARTS = ("vision_model.encoder.layers", "vision_model.post_layernorm", "visual_projection", "encode_image", "encode_text")
+PARTS = ("vision_model.encoder.layers", "vision_model.post_layernorm", "visual_projection", "encode_image",
+         "encode_text")
 
 class EvaClipTower(HFTower):
     "EVA-CLIP-8B, and remote code of its form"
-    def hidden(self, images): return self.model.vision_model(pixel_values=images, return_dict=True).last_hidden_state # [B, N, D]
-    def text(self, ids): return self.model.encode_text(ids["input_ids"], return_dict=True)                            # [B, E]
+    def hidden(self, images): # [B, N, D]
+        return self.model.vision_model(pixel_values=images, return_dict=True).last_hidden_state
+    def text(self, ids): # [B, E]
+        return self.model.encode_text(ids["input_ids"], return_dict=True)
     def check(self):
         "Raise `InputError` where `encode_image` is not the normed and projected CLS token"
-        x = torch.randn(1, 3, self.image_size, self.image_size, generator=torch.Generator().manual_seed(0)).to(self.model.visual_projection.weight)
-        with torch.inference_mode(): ours, theirs = self.project(self.norm(self.hidden(x)))[:, 0].float(), self.model.encode_image(x).float()
-        if not (ours - theirs).norm() < .02*theirs.norm(): raise InputError(f"encode_image of {type(self.model).__name__} is not its projected CLS token: there is no adapter for this code")
+        s = self.image_size
+        x = torch.randn(1, 3, s, s, generator=torch.Generator().manual_seed(0))
+        x = x.to(self.model.visual_projection.weight)
+        with torch.inference_mode():
+            ours = self.project(self.norm(self.hidden(x)))[:, 0].float()
+            theirs = self.model.encode_image(x).float()
+        if not (ours - theirs).norm() < .02*theirs.norm():
+            raise InputError(f"encode_image of {type(self.model).__name__} is not its projected CLS token: "
+                             "there is no adapter for this code")
 
 # %% ../../nbs/3_features/02_encoders.ipynb #0b0c55d3
 def tower_of(
@@ -142,11 +163,13 @@ def tower_of(
 ) -> Tower:
     "The adapter for this model; raises `InputError` where there is none"
     visual = getattr(model, "visual", None)
+    has = [nested_attr(model, p) is not None for p in PARTS]
     if isinstance(visual, VisionTransformer): return OpenClipTower(model, *args, **kwargs)
     if isinstance(visual, TimmModel): return TimmTower(model, *args, **kwargs)
-    if visual is None and all(nested_attr(model, p) is not None for p in PARTS): return EvaClipTower(model, *args, **kwargs)
-    if visual is None and all(nested_attr(model, p) is not None for p in PARTS[:3]): return HFTower(model, *args, **kwargs)
-    raise InputError(f"no tokens can be taken from {type(visual or model).__name__}: choose a ViT or EVA tower")
+    if visual is None and all(has): return EvaClipTower(model, *args, **kwargs)
+    if visual is None and all(has[:3]): return HFTower(model, *args, **kwargs)
+    raise InputError(f"no tokens can be taken from {type(visual or model).__name__}: choose a ViT or EVA "
+                     "tower")
 
 # %% ../../nbs/3_features/02_encoders.ipynb #12271d3f
 class Encoder:
@@ -154,15 +177,19 @@ class Encoder:
     def __init__(self,
         tower:Tower,
         stage:str="hidden",     # "hidden", "normed" or "projected"
-        layout:str="cls_patch"  # "cls_patch", "patch_only", "grid_64" or another square grid that divides the tower's
+        layout:str="cls_patch"  # "cls_patch", "patch_only", "grid_64" or another grid that divides its own
     ):
-        if stage not in STAGES: raise InputError(f"unknown stage '{stage}': choose one of {', '.join(STAGES)}")
+        if stage not in STAGES:
+            raise InputError(f"unknown stage '{stage}': choose one of {', '.join(STAGES)}")
         self.tower, self.stage, self.layout, self.preprocess = tower, stage, layout, tower.preprocess
+        s = tower.image_size
         with torch.inference_mode():
-            x = tower.hidden(torch.zeros(1, 3, tower.image_size, tower.image_size, device=self.device, dtype=self.dtype))
+            x = tower.hidden(torch.zeros(1, 3, s, s, device=self.device, dtype=self.dtype))
             self.embed_dim = tower.project(tower.norm(x[:, :1])).shape[-1]
-        if layout == "cls_patch" and not layout_of(x.shape[1]).has_cls: raise InputError("this tower has no CLS token: choose layout='patch_only'")
-        self.width, self.num_tokens = self.embed_dim if stage == "projected" else x.shape[-1], to_layout(x, layout).shape[1]
+        if layout == "cls_patch" and not layout_of(x.shape[1]).has_cls:
+            raise InputError("this tower has no CLS token: choose layout='patch_only'")
+        self.width = self.embed_dim if stage == "projected" else x.shape[-1]
+        self.num_tokens = to_layout(x, layout).shape[1]
     @property
     def device(self): return next(self.tower.model.parameters()).device
     @property
@@ -186,7 +213,8 @@ def tokens(self:Encoder,
     "Tokens of a batch of images; raises `InputError` for another shape"
     s = self.tower.image_size
     if images.shape[1:] != (3, s, s) or not images.is_floating_point():
-        raise InputError(f"images of shape {list(images.shape)} and {images.dtype}: this tower takes [B, 3, {s}, {s}] floats as `preprocess` makes them")
+        raise InputError(f"images of shape {list(images.shape)} and {images.dtype}: this tower takes "
+                         f"[B, 3, {s}, {s}] floats as `preprocess` makes them")
     x = self.tower.hidden(images.to(self.device, self.dtype))      # [B, N, D]
     if self.stage != "hidden": x = self.tower.norm(x)
     if self.stage == "projected": x = self.tower.project(x)        # [B, N, E]
@@ -196,8 +224,9 @@ def tokens(self:Encoder,
 @patch(as_prop=True)
 def pools_exactly(self:Encoder) -> bool:
     "Whether `pool(tokens(images))` is the library's own image embedding"
-    return {"cls": self.layout == "cls_patch", "mean": self.layout in ("cls_patch", "patch_only"),
-            "mean_first": self.stage == "hidden" and self.layout in ("cls_patch", "patch_only")}[self.tower.pooling]
+    every_patch = self.layout in ("cls_patch", "patch_only")
+    return {"cls": self.layout == "cls_patch", "mean": every_patch,
+            "mean_first": every_patch and self.stage == "hidden"}[self.tower.pooling]
 
 @patch
 @frozen
@@ -206,9 +235,10 @@ def pool(self:Encoder,
 ) -> torch.Tensor: # `[B, E]`, not normalised
     "Image embedding of tokens; the mean of the patches where `pools_exactly` is False"
     if tokens.shape[1:] != (self.num_tokens, self.width):
-        raise InputError(f"tokens of shape {list(tokens.shape)}: this encoder pools [B, {self.num_tokens}, {self.width}] ({self.layout}, {self.stage})")
+        raise InputError(f"tokens of shape {list(tokens.shape)}: this encoder pools "
+                         f"[B, {self.num_tokens}, {self.width}] ({self.layout}, {self.stage})")
     x, how = tokens.to(self.device, self.dtype), self.tower.pooling
-    x = x[:, :1] if how == "cls" and self.layout == "cls_patch" else x[:, int(layout_of(x.shape[1]).has_cls):]
+    x = x[:, :1] if how == "cls" and self.layout == "cls_patch" else x[:, layout_of(x.shape[1]).prefix:]
     if how == "mean_first": x = x.mean(1, keepdim=True)
     if self.stage == "hidden": x = self.tower.norm(x)
     if self.stage != "projected": x = self.tower.project(x)        # [B, n, E]
@@ -223,8 +253,10 @@ def encode_text(self:Encoder,
     texts:list # of strings
 ) -> torch.Tensor: # `[B, E]`, not normalised
     "Text embeddings of the tower; raises `InputError` where it came without a tokenizer"
-    if isinstance(texts, str) or not texts: raise InputError("encode_text takes a list of at least one string")
-    if self.tower.tokenize is None: raise InputError("no tokenizer came with this model: add its tokenizer files to the folder")
+    if isinstance(texts, str) or not texts:
+        raise InputError("encode_text takes a list of at least one string")
+    if self.tower.tokenize is None:
+        raise InputError("no tokenizer came with this model: add its tokenizer files to the folder")
     texts = [t if len(t) <= LONGEST else " ".join(t.split())[:LONGEST] for t in texts]
     parts = [self.tower.tokenize(texts[i:i+256]).to(self.device) for i in range(0, len(texts), 256)]
     return torch.cat([self.tower.text(p) for p in parts])
@@ -235,48 +267,66 @@ def fingerprint(
 ) -> str: # 16 hex digits
     "Hash of the first 64 values of every tensor of the model"
     h = hashlib.sha256()
-    for k, v in sorted(model.state_dict().items()): h.update(k.encode() + v.flatten()[:64].float().cpu().numpy().tobytes())
+    for k, v in sorted(model.state_dict().items()):
+        h.update(k.encode() + v.flatten()[:64].float().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
 
 @patch(as_prop=True)
 def contract(self:Encoder) -> dict:
     "What these features are, as it is stored with them"
-    return dict(self.tower.about, stage=self.stage, normed=self.stage != "hidden", layout=self.layout, pooling=self.tower.pooling, pools_exactly=self.pools_exactly,
-                width=self.width, embed_dim=self.embed_dim, num_tokens=self.num_tokens, grid=layout_of(self.num_tokens).grid, image_size=self.tower.image_size,
-                dtype=str(self.dtype).removeprefix("torch."))
+    return dict(self.tower.about, stage=self.stage, normed=self.stage != "hidden", layout=self.layout,
+                pooling=self.tower.pooling, pools_exactly=self.pools_exactly, width=self.width,
+                embed_dim=self.embed_dim, num_tokens=self.num_tokens, grid=layout_of(self.num_tokens).grid,
+                image_size=self.tower.image_size, dtype=str(self.dtype).removeprefix("torch."))
 
 @patch
-def _repr_markdown_(self:Encoder): return "\n".join(["| | |", "|---|---|"] + [f"| {k} | {v} |" for k, v in self.contract.items()])
+def _repr_markdown_(self:Encoder):
+    return "\n".join(["| | |", "|---|---|"] + [f"| {k} | {v} |" for k, v in self.contract.items()])
 
 # %% ../../nbs/3_features/02_encoders.ipynb #4a0aa6b3
 TINY, CHECKPOINTS = ("tiny-clip", "tiny-eva"), (".safetensors", ".pt", ".pth", ".bin")
 
 def nearest(name, known): # for an error message
     found = difflib.get_close_matches(name, known, n=4, cutoff=.4)
-    return f"nearest known: {', '.join(found)}" if found else f"known are {', '.join(list(known)[:8])} and more"
+    return f"nearest known: {', '.join(found)}" if found else (f"known are {', '.join(list(known)[:8])} and "
+                                                               "more")
 
 def parse_name(
     name:str # as `load_encoder` takes it
-) -> tuple: # library, where it finds the model, tag or `Path` of a checkpoint or None, what the contract calls the weights
+) -> tuple: # library, where it finds the model, tag or `Path` of a checkpoint or None, weights by name
     "How a name is loaded; raises `InputError` with the nearest known names"
     (arch, _, tag), (before, _, file) = name.partition("/"), name.partition(":")
+    if before == "python": return "python", file, None, "own"
     if file and before in open_clip.list_models():
-        file = Path(file).expanduser().absolute()
-        if not file.is_file() or file.suffix not in CHECKPOINTS: raise InputError(f"no checkpoint {file}: give a {', '.join(CHECKPOINTS)} file of {before}")
-        return "open_clip", before, file, "file"
+        return "open_clip", before, _checkpoint(file, before), "file"
     if name in TINY: return "open_clip", f"local-dir:{data_path(name)}", None, "shipped"
     if arch in open_clip.list_models():
         tags = open_clip.list_pretrained_tags_by_model(arch)
         if tag and tag not in tags: raise InputError(f"{arch} has no weights '{tag}': {nearest(tag, tags)}")
         return "open_clip", arch, tag or None, tag or "random"
-    if (folder := Path(name).expanduser()).is_dir():
-        if (folder/"open_clip_config.json").exists(): return "open_clip", f"local-dir:{folder}", None, "local"
-        if (folder/"config.json").exists(): return "transformers", str(folder), None, "local"
-        raise InputError(f"{name} holds neither open_clip_config.json nor config.json: give the folder of one model")
-    arch = arch.partition(":")[0]
-    typo = difflib.get_close_matches(arch, open_clip.list_models(), cutoff=.8)
-    if name.count("/") == 1 and ":" not in name and arch not in ("", ".", "..", "~") and not typo: return "transformers", name, None, "hub"
-    raise InputError(f"no encoder and no folder '{name}': {nearest(arch or name, [*TINY, *open_clip.list_models()])}")
+    folder = Path(name).expanduser()
+    if folder.is_dir(): return _in_folder(folder, name)
+    if _may_be_on_hub(name, arch.partition(":")[0]): return "transformers", name, None, "hub"
+    known = [*TINY, *open_clip.list_models()]
+    raise InputError(f"no encoder and no folder '{name}': {nearest(arch.partition(':')[0] or name, known)}")
+
+def _checkpoint(file, arch):
+    "The path of a checkpoint file; raises `InputError` where it is none"
+    file = Path(file).expanduser().absolute()
+    if file.is_file() and file.suffix in CHECKPOINTS: return file
+    raise InputError(f"no checkpoint {file}: give a {', '.join(CHECKPOINTS)} file of {arch}")
+
+def _in_folder(folder, name):
+    "How the model in a folder is loaded; raises `InputError` where there is none"
+    if (folder/"open_clip_config.json").exists(): return "open_clip", f"local-dir:{folder}", None, "local"
+    if (folder/"config.json").exists(): return "transformers", str(folder), None, "local"
+    raise InputError(f"{name} holds neither open_clip_config.json nor config.json: give the folder of one "
+                     "model")
+
+def _may_be_on_hub(name, owner):
+    "Whether a name has the form of a repository of the hub, and is no misspelt architecture"
+    typo = difflib.get_close_matches(owner, open_clip.list_models(), cutoff=.8)
+    return name.count("/") == 1 and ":" not in name and owner not in ("", ".", "..", "~") and not typo
 
 # %% ../../nbs/3_features/02_encoders.ipynb #fe4792e2
 @contextmanager
@@ -288,7 +338,9 @@ def loading(
     logging.disable(logging.WARNING)
     try: yield
     except InputError: raise
-    except pickle.UnpicklingError as e: raise InputError(f"{what} cannot be loaded: it is damaged or holds more than tensors; store its weights as safetensors") from e
+    except pickle.UnpicklingError as e:
+        raise InputError(f"{what} cannot be loaded: it is damaged or holds more than tensors; store its "
+                         "weights as safetensors") from e
     except Exception as e:
         said = [*map(str.strip, str(e).splitlines()), "", ""]
         said = " ".join(said[:2]) if said[0].endswith(":") else said[0] or type(e).__name__
@@ -296,27 +348,47 @@ def loading(
     finally: logging.disable(before)
 
 # %% ../../nbs/3_features/02_encoders.ipynb #dade1804
-def _positions(state): return {k.removeprefix("text."): tuple(v.shape) for k, v in state.items() if k.endswith("positional_embedding")}
+def _positions(state):
+    return {k.removeprefix("text."): tuple(v.shape) for k, v in state.items()
+            if k.endswith("positional_embedding")}
+
+def _check_own_code(folder):
+    "Raise `InputError` where a folder asks open_clip to run code: it would pass that on to the tokenizer"
+    file = folder/"open_clip_config.json"
+    if "trust_remote_code" in json.dumps(read_json(file)):
+        raise InputError(f"{file} asks for code of its own (trust_remote_code): remote code is off; take "
+                         "that out of the file")
+
+def _check_positions(file, source, model):
+    "Raise `InputError` where a checkpoint has positions for another grid or length than its architecture"
+    other = _positions(load_state_dict(str(file))).items() - _positions(model.state_dict()).items()
+    if other:
+        name, shape = min(other)
+        raise InputError(f"{file} does not fit {source}: its {name} is {shape}; name the architecture it was "
+                         "trained with")
 
 def load_open_clip(
     source:str,            # architecture, or "local-dir:" and a folder
     tag:str|Path|None=None # of published weights, or a checkpoint file
 ) -> Tower:
-    "Tower, tokenizer and preprocessing from open_clip; raises `InputError` where it cannot build or find them"
-    folder, file = Path(source.removeprefix("local-dir:")), tag if isinstance(tag, Path) else None
-    if source.startswith("local-dir:") and "trust_remote_code" in json.dumps(read_json(folder/"open_clip_config.json")): # open_clip passes it on to the tokenizer
-        raise InputError(f"{folder/'open_clip_config.json'} asks for code of its own (trust_remote_code): remote code is off; take that out of the file")
+    "Tower, tokenizer and preprocessing from open_clip; raises `InputError` where it has none"
+    local, folder = source.startswith("local-dir:"), Path(source.removeprefix("local-dir:"))
+    file = tag if isinstance(tag, Path) else None
+    if local: _check_own_code(folder)
     bpe = dict(bpe_path=str(folder/"bpe.txt.gz")) if (folder/"bpe.txt.gz").exists() else {}
     if file and f"{source}-quickgelu" in open_clip.list_models():
-        logging.warning(f"{file} does not say its activation, GELU is taken: name {source}-quickgelu if it was trained with QuickGELU, as OpenAI's weights were")
-    with loading(str(folder) + (f":{file}" if file else f"/{tag}" if tag else "")):
-        model = open_clip.create_model(source, str(tag or "") or None, pretrained_text=False, require_pretrained=bool(tag) or source.startswith("local-dir:"),
-                                       force_quick_gelu=bool(tag and get_pretrained_cfg(source, str(tag)).get("quick_gelu")))
+        logging.warning(f"{file} does not say its activation, GELU is taken: name {source}-quickgelu if it "
+                        "was trained with QuickGELU, as OpenAI's weights were")
+    quick = bool(tag and get_pretrained_cfg(source, str(tag)).get("quick_gelu"))
+    what = f"{folder}:{file}" if file else f"{folder}/{tag}" if tag else str(folder)
+    with loading(what):
+        model = open_clip.create_model(source, str(tag or "") or None, pretrained_text=False,
+                                       require_pretrained=bool(tag) or local, force_quick_gelu=quick)
         tokenize = open_clip.get_tokenizer(source, **bpe)
-        if file and (other := _positions(load_state_dict(str(file))).items() - _positions(model.state_dict()).items()):
-            raise InputError(f"{file} does not fit {source}: its {min(other)[0]} is {min(other)[1]}; name the architecture it was trained with")
+        if file: _check_positions(file, source, model)
     pre = model.visual.preprocess_cfg
-    about = dict(quick_gelu=any(isinstance(m, QuickGELU) for m in model.modules()), mean=list(pre["mean"]), std=list(pre["std"]), interpolation=pre["interpolation"], resize_mode=pre["resize_mode"],
+    about = dict(quick_gelu=any(isinstance(m, QuickGELU) for m in model.modules()), mean=list(pre["mean"]),
+                 std=list(pre["std"]), interpolation=pre["interpolation"], resize_mode=pre["resize_mode"],
                  versions={p: version(p) for p in ("torch", "open_clip_torch", "timm")})
     return tower_of(model, tokenize, image_transform_v2(PreprocessCfg(**pre), is_train=False), about)
 
@@ -324,34 +396,56 @@ def load_open_clip(
 def _pixels(processor, image): return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 def _whole(info, source): # what `from_pretrained` says of the tensors it found
-    if info["missing_keys"]: raise InputError(f"{source} lacks {len(info['missing_keys'])} tensors, first {sorted(info['missing_keys'])[0]}: download it again")
+    lacks = sorted(info["missing_keys"])
+    if lacks: raise InputError(f"{source} lacks {len(lacks)} tensors, first {lacks[0]}: download it again")
 
 def _hf_tower(model, p, tokenizer, **about): # the model, its image processor, its tokenizer or None
     from PIL.Image import Resampling
     c = model.config
-    if tokenizer: tokenizer = partial(tokenizer, padding=True, truncation=True, return_tensors="pt", max_length=c.text_config.max_position_embeddings)
-    about |= dict(quick_gelu="quick_gelu" in str(getattr(c.vision_config, "hidden_act", "")), mean=list(p.image_mean), std=list(p.image_std), interpolation=Resampling(p.resample).name.lower(),
-                  resize_mode="shortest" if "shortest_edge" in p.size else "squash", versions={k: version(k) for k in ("torch", "transformers")})
+    if tokenizer:
+        longest = c.text_config.max_position_embeddings
+        tokenizer = partial(tokenizer, padding=True, truncation=True, return_tensors="pt", max_length=longest)
+    about |= dict(quick_gelu="quick_gelu" in str(getattr(c.vision_config, "hidden_act", "")),
+                  mean=list(p.image_mean), std=list(p.image_std),
+                  interpolation=Resampling(p.resample).name.lower(),
+                  resize_mode="shortest" if "shortest_edge" in p.size else "squash",
+                  versions={k: version(k) for k in ("torch", "transformers")})
     return tower_of(model, tokenizer, partial(_pixels, p), about)
+
+def _check_revision(source, hub, revision, runs_code):
+    "Raise `InputError` for a revision of a folder, and for code of the hub without the digits of one commit"
+    if revision and not hub:
+        raise InputError(f"{source} is a folder and has no revisions: leave revision out")
+    if runs_code and hub and not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        raise InputError(f"code of {source} is run at one commit only: read it, and give the revision, the "
+                         f"40 digits that 'git ls-remote https://huggingface.co/{source} HEAD' prints")
+
+def _check_plain_clip(source, config, hub):
+    "Raise `InputError` for a model that is no CLIP of transformers itself"
+    from transformers import CLIPConfig
+    if config.get("model_type") == CLIPConfig.model_type and "auto_map" not in config: return
+    turn_on = ", or read its code and pass trust_remote_code=True" + (" and revision=" if hub else "")
+    kind = (config.get("architectures") or ["unknown"])[0]
+    raise InputError(f"{source} is no plain CLIP but {kind}: remote code is off; choose a CLIP, or an EVA "
+                     "tower of open_clip" + (turn_on if "auto_map" in config else ""))
 
 def load_transformers(
     source:str,                 # hub id or folder
-    revision:str|None=None,     # of a hub id: branch, tag or commit; the 40 digits of a commit where code is run
+    revision:str|None=None,     # of a hub id: branch, tag or commit; 40 digits of a commit where code is run
     trust_remote_code:bool=False # run the Python code that comes with the model
 ) -> Tower:
-    "Tower, tokenizer and preprocessing from transformers; raises `InputError` for what is not a complete CLIP, or brings code that was not allowed"
+    """Tower, tokenizer and preprocessing from transformers.
+
+    Raises `InputError` for what is not a complete CLIP, or brings code that was not allowed."""
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PretrainedConfig
     hub = not Path(source).is_dir()
-    if revision and not hub: raise InputError(f"{source} is a folder and has no revisions: leave revision out")
-    if trust_remote_code and hub and not re.fullmatch("[0-9a-f]{40}", revision or ""):
-        raise InputError(f"code of {source} is run at one commit only: read it, and give the revision, the 40 digits that 'git ls-remote https://huggingface.co/{source} HEAD' prints")
+    _check_revision(source, hub, revision, trust_remote_code)
     with loading(source): config = PretrainedConfig.get_config_dict(source, revision=revision)[0]
     if trust_remote_code and "auto_map" in config: return load_remote(source, revision, config["auto_map"])
-    if config.get("model_type") != "clip" or "auto_map" in config:
-        turn_on = f", or read its code and pass trust_remote_code=True{' and revision=' if hub else ''}" if "auto_map" in config else ""
-        raise InputError(f"{source} is no plain CLIP but {(config.get('architectures') or ['unknown'])[0]}: remote code is off; choose a CLIP, or an EVA tower of open_clip{turn_on}")
+    _check_plain_clip(source, config, hub)
     with loading(source):
-        model, info = CLIPModel.from_pretrained(source, revision=revision, dtype=torch.float32, output_loading_info=True)
+        model, info = CLIPModel.from_pretrained(source, revision=revision, dtype=torch.float32,
+                                                output_loading_info=True)
         p = CLIPImageProcessor.from_pretrained(source, revision=revision)
     _whole(info, source)
     try: tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -359,38 +453,58 @@ def load_transformers(
     return _hf_tower(model, p, tokenizer, revision=getattr(model.config, "_commit_hash", None) or revision)
 
 # %% ../../nbs/3_features/02_encoders.ipynb #6a960d26
-class _ParametersOnMeta(TorchFunctionMode): # modules make their parameters with `torch.empty` and their buffers from values
-    def __torch_function__(self, f, types, args=(), kwargs=None): return f(*args, **(kwargs or {}) | (dict(device="meta") if f is torch.empty else {}))
+class _ParametersOnMeta(TorchFunctionMode):
+    "Modules make their parameters with `torch.empty`, and their buffers from values"
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        there = dict(device="meta") if f is torch.empty else {}
+        return f(*args, **(kwargs or {}) | there)
+
+def _remote_class(source, revision, code):
+    "The class of a repository, said in the log before its code runs"
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    where = f"of {source}, {code}, at revision {revision}" if revision else f"in the folder {source}, {code}"
+    logging.warning(f"running the Python code {where}")
+    with loading(source):
+        return get_class_from_dynamic_module(code, source, revision=revision, code_revision=revision)
+
+def _remote_model(source, revision, cls):
+    "The model with its weights, and a skeleton of it whose buffers have their values"
+    with loading(source):
+        config = cls.config_class.from_pretrained(source, revision=revision)
+        config.dtype = None # as the checkpoint has it
+        with _ParametersOnMeta(): skeleton = cls(config)
+        lacks = [p for p in PARTS if nested_attr(skeleton, p) is None]
+        if lacks:
+            raise InputError(f"the code of {source} has no {', '.join(lacks)}: only models built like "
+                             "EVA-CLIP-8B can be taken from remote code")
+        for c in {type(m) for m in skeleton.modules()}:
+            own = hasattr(c, "_init_weights") and c.__module__.startswith("transformers_modules")
+            if own: c._init_weights = lambda self, module: None
+        model, info = cls.from_pretrained(source, config=config, revision=revision, dtype="auto",
+                                          output_loading_info=True)
+    _whole(info, source)
+    return model, skeleton
 
 def load_remote(
     source:str,         # hub id or folder
     revision:str|None,  # 40 digits for a hub id, None for a folder
     auto_map:dict       # from its configuration: which class is which
 ) -> Tower:
-    "Run the model's own code, and say so in the log; raises `InputError` where that is no CLIP of the form of EVA-CLIP-8B"
+    "Run the model's own code; raises `InputError` where that is no CLIP of the form of EVA-CLIP-8B"
     from transformers import CLIPImageProcessor, CLIPTokenizer
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
     code = auto_map.get("AutoModel") if isinstance(auto_map, dict) else auto_map
     if not isinstance(code, str) or "--" in code:
-        raise InputError(f"{source} has no model code of its own (AutoModel: {code}): name the repository that holds the code")
-    logging.warning(f"running the Python code of {source}, {code}, at revision {revision}" if revision else f"running the Python code in the folder {source}, {code}")
-    with loading(source):
-        cls = get_class_from_dynamic_module(code, source, revision=revision, code_revision=revision)
-        config = cls.config_class.from_pretrained(source, revision=revision)
-        config.dtype = None # as the checkpoint has it
-        with _ParametersOnMeta(): skeleton = cls(config)
-        if lacks := [p for p in PARTS if nested_attr(skeleton, p) is None]:
-            raise InputError(f"the code of {source} has no {', '.join(lacks)}: only models built like EVA-CLIP-8B can be taken from remote code")
-        for c in {type(m) for m in skeleton.modules()}:
-            if hasattr(c, "_init_weights") and c.__module__.startswith("transformers_modules"): c._init_weights = lambda self, module: None
-        model, info = cls.from_pretrained(source, config=config, revision=revision, dtype="auto", output_loading_info=True)
-    _whole(info, source)
+        raise InputError(f"{source} has no model code of its own (AutoModel: {code}): name the repository "
+                         "that holds the code")
+    model, skeleton = _remote_model(source, revision, _remote_class(source, revision, code))
     for k, v in skeleton.named_buffers():
         at, _, name = k.rpartition(".")
         if k not in skeleton.state_dict(): model.get_submodule(at)._buffers[name] = v
-    size = config.vision_config.image_size
     try: p, how = CLIPImageProcessor.from_pretrained(source, revision=revision), "of the model"
-    except OSError: p, how = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}), "none with the model: OpenAI CLIP's"
+    except OSError:
+        size = model.config.vision_config.image_size
+        p = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+        how = "none with the model: OpenAI CLIP's"
     try: tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError): tokenizer = None
     return _hf_tower(model, p, tokenizer, revision=revision, remote_code=code, preprocessing=how)
@@ -402,26 +516,47 @@ def as_dtype(
     dtype:torch.dtype|str|None # None for float32
 ) -> torch.dtype:
     "The floating-point type of that name; raises `InputError` for another"
-    found = {None: torch.float32} | {n: d for k, d in PRECISIONS.items() for n in (k, d, str(d), str(d).removeprefix("torch."))}
+    found = {None: torch.float32}
+    for n, d in PRECISIONS.items(): found |= {n: d, d: d, str(d): d, str(d).removeprefix("torch."): d}
     if dtype not in found: raise InputError(f"unknown dtype '{dtype}': choose one of {', '.join(PRECISIONS)}")
     return found[dtype]
 
 # %% ../../nbs/3_features/02_encoders.ipynb #48f9083a
+def own_encoder(
+    name:str, # MODULE:NAME
+    said:str  # what the contract calls it
+):
+    "The encoder `NAME` of a module, or what the function of that name returns; raises `InputError`"
+    module, _, attribute = name.partition(":")
+    try: enc = getattr(import_module(module), attribute)
+    except (ImportError, ValueError, AttributeError) as e:
+        raise InputError(f"{said}: {e}; give python:MODULE:NAME of a module that Python finds here") from e
+    enc = enc() if not hasattr(enc, "tokens") or isinstance(enc, type) else enc
+    needs = ("preprocess", "tokens", "contract", "num_tokens", "width", "device")
+    lacks = [a for a in needs if not hasattr(enc, a)]
+    if lacks: raise InputError(f"{said} has no {', '.join(lacks)}: an encoder needs them")
+    return enc
+
 def load_encoder(
-    name:str,               # shipped pair, open_clip "ARCH", "ARCH/tag" or "ARCH:FILE", hub id or folder
+    name:str,               # shipped, "ARCH", "ARCH/tag", "ARCH:FILE", hub id, folder, "python:MODULE:NAME"
     stage:str="hidden",     # "hidden", "normed" or "projected"
-    layout:str="cls_patch", # "cls_patch", "patch_only", "grid_64" or another square grid that divides the tower's
+    layout:str="cls_patch", # "cls_patch", "patch_only", "grid_64" or another grid that divides the tower's
     device=None,            # default: the GPU if there is one
     dtype:torch.dtype|str|None=None, # "fp32" (the default), "fp16", "bf16", or torch's own
     compile:bool=False,     # compile the blocks at the first batch
     trust_remote_code:bool=False, # run the Python code that comes with a model of the hub or a folder
-    revision:str|None=None  # of a model of the hub: branch, tag or commit; the 40 digits of a commit where code is run
-) -> Encoder:
+    revision:str|None=None  # of a model of the hub: branch, tag or commit; 40 digits where code is run
+) -> Encoder: # of your own, `python:MODULE:NAME`: as it is
     "A frozen encoder by name; raises `InputError` with the nearest known names"
     (library, source, tag, weights), dtype = parse_name(name), as_dtype(dtype)
-    if library == "open_clip" and (trust_remote_code or revision): raise InputError(f"{name} comes from open_clip, without code or revision of its own: leave trust_remote_code and revision out")
-    tower = load_open_clip(source, tag) if library == "open_clip" else load_transformers(source, revision, trust_remote_code)
-    tower.about = dict(model=name, library=library, weights=weights, fingerprint=fingerprint(tower.model)) | tower.about
+    if library != "transformers" and (trust_remote_code or revision):
+        raise InputError(f"{name} comes from {library}, without code or revision of its own: leave "
+                         "trust_remote_code and revision out")
+    if library == "python": return own_encoder(source, name)
+    if library == "open_clip": tower = load_open_clip(source, tag)
+    else: tower = load_transformers(source, revision, trust_remote_code)
+    about = dict(model=name, library=library, weights=weights, fingerprint=fingerprint(tower.model))
+    tower.about = about | tower.about
     tower.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
     if isinstance(tower, EvaClipTower):
         with loading(source): tower.check()
