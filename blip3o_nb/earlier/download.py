@@ -13,81 +13,132 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 from huggingface_hub import HfApi, constants, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError,
+                                    OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError)
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, http_stream_backoff
 from tqdm.auto import tqdm
 from ..files import InputError, read_json, write_json
 from ..features.images import tar_members
 
 # %% ../../nbs/9_earlier/02_download.ipynb #796805f5
+def _hub_said(e, repo, revision, host): # what an error of the client means to a user
+    login = "log in with `hf auth login`, or set HF_TOKEN"
+    if isinstance(e, OfflineModeIsEnabled):
+        return ("offline mode is on, so the hub is not asked: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE "
+                "to download")
+    if isinstance(e, HFValidationError): return f"'{repo}' is no name of a repository: write OWNER/NAME"
+    if isinstance(e, GatedRepoError):
+        return f"{repo} is gated: accept its terms on its page at {host}, then {login}"
+    if isinstance(e, RepositoryNotFoundError):
+        return f"{host} shows no dataset repository {repo}: check the name; if it is private, {login}"
+    if isinstance(e, RevisionNotFoundError):
+        return (f"{repo} has no revision '{revision}': leave --revision out for the newest; if the folder "
+                "was begun from a commit that is gone, use another --out")
+    if isinstance(e, HfHubHTTPError):
+        status = e.response.status_code
+        if status in (401, 403):
+            return f"{host} refuses access to {repo} ({status}): {login}, with a token that may read it"
+        return f"{host} answers {status} for {repo}: try again later, the same command goes on"
+    if isinstance(e, HTTPError):
+        return (f"no connection to {host}, or it broke ({type(e).__name__}): check network and proxy; the "
+                "same command goes on")
+    if hasattr(e, "lock_file"):
+        return (f"another process downloads to this folder: wait for it, or delete {e.lock_file} if there is "
+                "none")
+    if isinstance(e, OSError):
+        return (f"cannot write {e.filename or 'the download'}: {e.strerror}; free some space or choose "
+                "another --out")
+    return (f"{host} does not answer as a Hugging Face hub does ({type(e).__name__}): check HF_ENDPOINT and "
+            "proxy")
+
 @contextlib.contextmanager
 def hub_errors(
     repo:str, revision:str|None=None, # that were asked for
-    endpoint:str|None=None # address of the hub; default: that of huggingface_hub, the environment variable HF_ENDPOINT
+    endpoint:str|None=None # address of the hub; default: that of huggingface_hub, or of HF_ENDPOINT
 ):
     "Raise errors of the Hub's client as `InputError`"
-    host, login = urlsplit(endpoint or constants.ENDPOINT).hostname or "the hub", "log in with `hf auth login`, or set HF_TOKEN"
+    host = urlsplit(endpoint or constants.ENDPOINT).hostname or "the hub"
     try: yield
     except InputError: raise
-    except Exception as e:
-        if isinstance(e, OfflineModeIsEnabled): said = "offline mode is on, so the hub is not asked: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to download"
-        elif isinstance(e, HFValidationError): said = f"'{repo}' is no name of a repository: write OWNER/NAME"
-        elif isinstance(e, GatedRepoError): said = f"{repo} is gated: accept its terms on its page at {host}, then {login}"
-        elif isinstance(e, RepositoryNotFoundError): said = f"{host} shows no dataset repository {repo}: check the name; if it is private, {login}"
-        elif isinstance(e, RevisionNotFoundError): said = f"{repo} has no revision '{revision}': leave --revision out for the newest; if the folder was begun from a commit that is gone, use another --out"
-        elif isinstance(e, HfHubHTTPError) and (status := e.response.status_code) in (401, 403): said = f"{host} refuses access to {repo} ({status}): {login}, with a token that may read it"
-        elif isinstance(e, HfHubHTTPError): said = f"{host} answers {status} for {repo}: try again later, the same command goes on"
-        elif isinstance(e, HTTPError): said = f"no connection to {host}, or it broke ({type(e).__name__}): check network and proxy; the same command goes on"
-        elif hasattr(e, "lock_file"): said = f"another process downloads to this folder: wait for it, or delete {e.lock_file} if there is none"
-        elif isinstance(e, OSError): said = f"cannot write {e.filename or 'the download'}: {e.strerror}; free some space or choose another --out"
-        else: said = f"{host} does not answer as a Hugging Face hub does ({type(e).__name__}): check HF_ENDPOINT and proxy"
-        raise InputError(said) from e
+    except Exception as e: raise InputError(_hub_said(e, repo, revision, host)) from e
 
 # %% ../../nbs/9_earlier/02_download.ipynb #0e9d149d
+def _no_match(repo, pattern, files):
+    "The error for a pattern that no file matches"
+    some = sorted((f[0] for f in files), key=lambda n: ".tar" not in n)
+    more = f" and {len(some) - 4:,} more" if some[4:] else ""
+    has = f"it has {', '.join(some[:4])}{more}" if some else "it is empty"
+    return InputError(f"{repo} has no file like {pattern}: {has}")
+
+def _is_odd(path): # a name that is not written to a disk
+    outside = path.startswith(("/", ".download/")) or ".." in path.split("/")
+    return outside or "\\" in path or not path.isprintable()
+
 def list_tars(
     repo:str,                  # dataset repository, OWNER/NAME
     revision:str|None=None,    # branch, tag or commit; default: the main branch
     pattern:str|list="*.tar",  # file name or glob, or a list of them; `*` matches `/` too
     endpoint:str|None=None     # address of the hub
 ) -> tuple: # (commit, [(path, bytes, SHA-256 or None)] sorted by path)
-    "The files of a dataset repository that match, at one commit; raises `InputError` where the hub cannot be asked, or nothing matches"
+    "The files of a dataset repository that match, at one commit; raises `InputError` where there are none"
     api = HfApi(endpoint=endpoint)
     with hub_errors(repo, revision, endpoint):
         commit = api.dataset_info(repo, revision=revision, timeout=30).sha
-        files = sorted((f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in api.list_repo_tree(repo, revision=commit, repo_type="dataset", recursive=True) if hasattr(f, "size"))
+        tree = api.list_repo_tree(repo, revision=commit, repo_type="dataset", recursive=True)
+        files = sorted((f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in tree if hasattr(f, "size"))
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     for p in patterns:
-        if not any(fnmatch.fnmatchcase(f[0], p) for f in files):
-            some = sorted((f[0] for f in files), key=lambda n: ".tar" not in n)
-            raise InputError(f"{repo} has no file like {p}: " + (f"it has {', '.join(some[:4])}" + (f" and {len(some) - 4:,} more" if some[4:] else "") if some else "it is empty"))
+        if not any(fnmatch.fnmatchcase(f[0], p) for f in files): raise _no_match(repo, p, files)
     files = [f for f in files if any(fnmatch.fnmatchcase(f[0], p) for p in patterns)]
-    odd = [p for p, *_ in files if p.startswith(("/", ".download/")) or ".." in p.split("/") or "\\" in p or not p.isprintable()]
-    if odd: raise InputError(f"{repo} has a file named {odd[0]!r}, which is not written to a disk: leave it out with --pattern")
+    odd = [p for p, *_ in files if _is_odd(p)]
+    if odd:
+        raise InputError(f"{repo} has a file named {odd[0]!r}, which is not written to a disk: leave it out "
+                         "with --pattern")
     return commit, files
 
 # %% ../../nbs/9_earlier/02_download.ipynb #2daf8ef6
+def _request(url, have): # a stream of the file's bytes from `have` on
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    if have: headers["Range"] = f"bytes={have}-"
+    return http_stream_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                               retry_on_exceptions=())
+
+def _append(f, url, size, stop, progress):
+    "Write what one connection brings; raises `InputError` where that is nothing"
+    have = f.tell()
+    with _request(url, have) as r:
+        hf_raise_for_status(r)
+        if have and r.status_code != 206: # the whole file comes again
+            f.seek(0)
+            f.truncate()
+            progress(-have)
+            have = 0
+        for piece in r.iter_bytes():
+            if stop.is_set() or f.tell() > size: return
+            f.write(piece)
+            progress(len(piece))
+    if f.tell() == have:
+        raise InputError(f"nothing comes of {posixpath.basename(url)} after {have:,} of {size:,} bytes: try "
+                         "again later, the same command goes on")
+
 def fetch(
     url:str,
-    part:Path,      # appended to
-    size:int,       # bytes of the whole file
-    stop=None, progress=None # an Event that ends the transfer; called with the number of bytes that arrived, a negative one where some are asked for again
+    part:Path,     # appended to
+    size:int,      # bytes of the whole file
+    stop=None,     # an Event that ends the transfer
+    progress=None  # called with the number of bytes that arrived, a negative one where some come again
 ):
     "Bring a part of a file to its full size; what has arrived stays when this fails"
-    stop, progress, headers = stop or threading.Event(), progress or (lambda n: None), {**build_hf_headers(), "Accept-Encoding": "identity"}
+    stop, progress = stop or threading.Event(), progress or (lambda n: None)
     with open(part, "ab") as f:
-        while (have := f.tell()) < size and not stop.is_set():
-            try:
-                with http_stream_backoff("GET", url, headers={**headers, **({"Range": f"bytes={have}-"} if have else {})}, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, retry_on_exceptions=()) as r:
-                    hf_raise_for_status(r)
-                    if have and r.status_code != 206: f.seek(0); f.truncate(); progress(-have); have = 0
-                    for piece in r.iter_bytes():
-                        if stop.is_set() or f.tell() > size: return
-                        f.write(piece); progress(len(piece))
-                if f.tell() == have: raise InputError(f"nothing comes of {posixpath.basename(url)} after {have:,} of {size:,} bytes: try again later, the same command goes on")
+        while f.tell() < size and not stop.is_set():
+            have = f.tell()
+            try: _append(f, url, size, stop, progress)
             except HTTPError as e:
                 if isinstance(e, HfHubHTTPError) or f.tell() == have: raise
                 time.sleep(1)
-        f.flush(); os.fsync(f.fileno())
+        f.flush()
+        os.fsync(f.fileno())
 
 # %% ../../nbs/9_earlier/02_download.ipynb #5eec64f7
 def _sha256(path):
@@ -98,7 +149,8 @@ def _begun(out, repo): # the commit that the folder was begun with, or None
     state = read_json(f) if f.exists() else {"repo": repo}
     if not (isinstance(state, dict) and isinstance(state.get("commit"), (str, type(None)))):
         raise InputError(f"{f} is no record of a download: delete it, or use another --out")
-    if state.get("repo") != repo: raise InputError(f"{out} holds files of {state.get('repo')}: use another --out for {repo}")
+    if state.get("repo") != repo:
+        raise InputError(f"{out} holds files of {state.get('repo')}: use another --out for {repo}")
     return state.get("commit")
 
 def _add(out, name, *fields): # a line to a list in `.download`
@@ -137,21 +189,30 @@ def _present(out, files): # the paths of those that are there already
     return {p for p, *_ in there}
 
 # %% ../../nbs/9_earlier/02_download.ipynb #27ed9d55
-def _fetch_all(todo, out, url, workers, progress): # todo: (path, bytes, SHA-256 or None, part); url: of a path
+def _fetch_one(out, url, p, size, sha, part, stop, progress):
+    "Bring one file to its place; raises `InputError` where other bytes arrived than were announced"
+    for f in (part, out/p): f.parent.mkdir(parents=True, exist_ok=True)
+    fetch(url(p), part, size, stop, progress)
+    if stop.is_set(): return
+    got, arrived = _sha256(part), part.stat().st_size
+    if arrived != size or sha not in (None, got):
+        part.unlink()
+        what = "a wrong checksum" if arrived == size else f"{arrived:,} in place of {size:,} bytes"
+        raise InputError(f"{p} arrived with {what} and was removed: the same command downloads it again")
+    os.replace(part, out/p)
+    _record(out, p, got)
+
+def _fetch_all(todo, out, url, workers, progress): # todo: (path, bytes, SHA-256, part); url: of a path
     stop, have = threading.Event(), sum(part.stat().st_size for *_, part in todo if part.exists())
-    def one(p, size, sha, part):
-        try:
-            if stop.is_set(): return
-            for f in (part, out/p): f.parent.mkdir(parents=True, exist_ok=True)
-            fetch(url(p), part, size, stop, bar.update)
-            if stop.is_set(): return
-            got, arrived = _sha256(part), part.stat().st_size
-            if arrived != size or sha not in (None, got):
-                part.unlink()
-                raise InputError(f"{p} arrived with {'a wrong checksum' if arrived == size else f'{arrived:,} in place of {size:,} bytes'} and was removed: the same command downloads it again")
-            os.replace(part, out/p); _record(out, p, got)
-        except BaseException: stop.set(); raise
-    with tqdm(total=sum(t[1] for t in todo), initial=have, desc="download", unit="B", unit_scale=True, disable=not progress or not todo) as bar, ThreadPoolExecutor(workers) as pool:
+    bar = tqdm(total=sum(t[1] for t in todo), initial=have, desc="download", unit="B", unit_scale=True,
+               disable=not progress or not todo)
+    def one(*file):
+        if stop.is_set(): return
+        try: _fetch_one(out, url, *file, stop, bar.update)
+        except BaseException:
+            stop.set()
+            raise
+    with bar, ThreadPoolExecutor(workers) as pool:
         try: list(pool.map(one, *zip(*todo)))
         finally: stop.set()
 
@@ -159,44 +220,78 @@ def _fetch_all(todo, out, url, workers, progress): # todo: (path, bytes, SHA-256
 def _b(n): return f"{tqdm.format_sizeof(n)}B"
 
 def _confirm():
-    if not (sys.stdin and sys.stdin.isatty()): raise InputError("there is no terminal to ask on, so nothing was downloaded: give --yes if that much may be downloaded")
+    if not (sys.stdin and sys.stdin.isatty()):
+        raise InputError("there is no terminal to ask on, so nothing was downloaded: give --yes if that much "
+                         "may be downloaded")
     try: sure = input("Download? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError: sure = False
-    if not sure: raise InputError("not confirmed, so nothing was downloaded: choose fewer files with --n or --pattern")
+    if not sure:
+        raise InputError("not confirmed, so nothing was downloaded: choose fewer files with --n or --pattern")
 
 # %% ../../nbs/9_earlier/02_download.ipynb #d239e735
+def _plan(repo, out, n, pattern, revision, endpoint):
+    "Commit, files, and those of them that are not there yet with the path of their part"
+    begun = _begun(out, repo)
+    commit, files = list_tars(repo, revision or begun, pattern, endpoint)
+    if begun not in (None, commit):
+        raise InputError(f"{out} was begun with commit {begun} of {repo}, and revision {revision} is "
+                         f"{commit}: leave --revision out to go on, or use another --out")
+    files = files[:n]
+    there = _present(out, files)
+    todo = [(p, size, sha, out/".download"/f"{p}.{sha or commit}.part") for p, size, sha in files
+            if p not in there]
+    return commit, files, todo
+
+def _check_space(repo, out, commit, files, todo):
+    "Say what will be downloaded; raises `InputError` where the disk is too small"
+    parts = sum(part.stat().st_size for *_, part in todo if part.exists())
+    need = max(0, sum(t[1] for t in todo) - parts)
+    folder = next(d for d in (out.absolute(), *out.absolute().parents) if d.exists())
+    free = shutil.disk_usage(folder).free
+    print(f"{repo}, commit {commit[:12]}: {len(files):,} file(s), {_b(sum(f[1] for f in files))}, "
+          f"{files[0][0]} to {files[-1][0]}\n{out}: there already {len(files) - len(todo):,} and {_b(parts)} "
+          f"of others; to download {_b(need)}; free {_b(free)}")
+    if need > free:
+        raise InputError(f"{_b(need)} to download and {_b(free)} free at {out}: choose fewer files with --n "
+                         "or --pattern, or another disk with --out")
+
+def _check_tars(paths):
+    "Read the headers of tars to their end; raises `InputError` for a damaged one"
+    try:
+        for p in paths: list(tar_members(p))
+    except InputError as e:
+        raise InputError(f"{e}; if the same arrives again, leave it out with --pattern") from e
+
 def download(
     repo:str="BLIP3o/BLIP3o-Pretrain-Short-Caption", # dataset repository, OWNER/NAME
     out:str|Path|None=None,    # folder for the files; default: data/NAME
     n:int|None=None,           # so many files only, the first ones by name
     pattern:str|list="*.tar",  # file name or glob, or a list of them
-    revision:str|None=None,    # branch, tag or commit; default: the commit that the folder was begun with, or the newest
+    revision:str|None=None,    # branch, tag or commit; default: as the folder was begun, or the newest
     workers:int=4,             # files at a time
     yes:bool=False,            # do not ask
     check:bool=False,          # read the headers of each tar when it is there, to its end
-    endpoint:str|None=None, progress:bool=True # address of the hub; show a bar
+    endpoint:str|None=None,    # address of the hub
+    progress:bool=True         # show a bar
 ) -> list: # paths of the files
-    "Fetch files of a dataset repository, after their size was confirmed; raises `InputError` for whatever stands in the way"
+    "Fetch files of a dataset repository, after their size was confirmed; raises `InputError`"
     out, pattern = Path(out or Path("data")/repo.rpartition("/")[2]).expanduser(), pattern or "*.tar"
-    if workers < 1 or (n is not None and n < 1): raise InputError(f"{workers} files at a time, {n} in all: choose numbers above zero")
-    begun = _begun(out, repo)
-    commit, files = list_tars(repo, revision or begun, pattern, endpoint)
-    if begun not in (None, commit): raise InputError(f"{out} was begun with commit {begun} of {repo}, and revision {revision} is {commit}: leave --revision out to go on, or use another --out")
-    files, state = files[:n], out/".download"; there = _present(out, files)
-    todo = [(p, size, sha, state/f"{p}.{sha or commit}.part") for p, size, sha in files if p not in there]
-    parts = sum(part.stat().st_size for *_, part in todo if part.exists())
-    need, free = max(0, sum(t[1] for t in todo) - parts), shutil.disk_usage(next(d for d in (out.absolute(), *out.absolute().parents) if d.exists())).free
-    print(f"{repo}, commit {commit[:12]}: {len(files):,} file(s), {_b(sum(f[1] for f in files))}, {files[0][0]} to {files[-1][0]}\n"
-          f"{out}: there already {len(there):,} and {_b(parts)} of others; to download {_b(need)}; free {_b(free)}")
-    if need > free: raise InputError(f"{_b(need)} to download and {_b(free)} free at {out}: choose fewer files with --n or --pattern, or another disk with --out")
+    if workers < 1 or (n is not None and n < 1):
+        raise InputError(f"{workers} files at a time, {n} in all: choose numbers above zero")
+    commit, files, todo = _plan(repo, out, n, pattern, revision, endpoint)
+    _check_space(repo, out, commit, files, todo)
     if todo and not yes: _confirm()
+    state = out/".download"
+    def url(path): return hf_hub_url(repo, path, repo_type="dataset", revision=commit, endpoint=endpoint)
     with hub_errors(repo, commit, endpoint):
         state.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(state/"lock", timeout=.1):
-            if not begun: write_json(state/"state.json", dict(repo=repo, commit=commit))
-            if todo: _fetch_all(todo, out, lambda p: hf_hub_url(repo, p, repo_type="dataset", revision=commit, endpoint=endpoint), workers, progress)
-    try: [list(tar_members(out/p)) for p, *_ in files if check]
-    except InputError as e: raise InputError(f"{e}; if the same arrives again, leave it out with --pattern") from e
-    found = glob.escape(str(out)) + ("/**/" if any("/" in p for p, *_ in files) else "/") + posixpath.basename(pattern if isinstance(pattern, str) else "*.tar")
+            if _begun(out, repo) is None:
+                write_json(state/"state.json", dict(repo=repo, commit=commit))
+            if todo: _fetch_all(todo, out, url, workers, progress)
+    if check: _check_tars(out/p for p, *_ in files)
+    deep = "/**/" if any("/" in p for p, *_ in files) else "/"
+    names = posixpath.basename(pattern) if isinstance(pattern, str) else "*.tar"
+    found = glob.escape(str(out)) + deep + names
     print(f"complete, {len(files):,} file(s): blip3o_extract --images {shlex.quote(found)}")
     return [out/p for p, *_ in files]
