@@ -10,21 +10,21 @@ __all__ = ['cls_weights', 'LossParts', 'BLIP3oFlowMatchingLoss']
 # %% ../../nbs/1_flow/03_losses.ipynb #6678ff24
 from typing import NamedTuple
 import torch
-from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
-from ..files import InputError
+from torch import nn
 from ..core import Layout, layout_of
-from .paths import (LinearPath, PREDICTION_TYPES, PathSample, SlerpPath, TIME_SAMPLERS,
+from ..files import InputError
+from ..options import FlowOptions
+from .paths import (LinearPath, PREDICTION_TYPES, PathSample, TIME_SAMPLERS,
                                   check_prediction_type, noise_band, sample_times)
-
 
 # %% ../../nbs/1_flow/03_losses.ipynb #fffb006c
 def cls_weights(
     layout:Layout|int, # what the tokens are, or how many
-    weight:float=16.   # of the CLS token, where each patch has 1
-) -> torch.Tensor: # `[N]`; all ones for a layout without a CLS token
-    "Weights for `token_weights` that raise the CLS token; raises `InputError` for a number of tokens that is no layout"
+    weight:float=16.   # of the CLS token, where each other token has 1
+) -> torch.Tensor: # `[N]`; all ones for a layout without tokens in front
+    "Weights for `token_weights` that raise the CLS token, the first of the tokens in front"
     layout = layout_of(layout) if isinstance(layout, int) else layout
     w = torch.ones(layout.num_tokens)
     if layout.has_cls: w[0] = weight
@@ -45,7 +45,8 @@ class LossParts(NamedTuple):
 class BLIP3oFlowMatchingLoss(nn.Module):
     "Squared error of a flow's network, measured as a velocity, as data or as noise; keeps `parts`, a `LossParts`"
     def __init__(self,
-        sigma_min:float=1e-4, sigma_max:float=1., # noise at t=1 and t=0, of the linear path
+        sigma_min:float=FlowOptions.sigma_min, # noise that is left at t=1, linear path
+        sigma_max:float=1.,            # noise at t=0, linear path
         normalize_targets:bool=True,   # whether `draw` brings each token to a mean square of 1
         prediction_type:str=None,      # what the network answers: "velocity", "epsilon" or "sample"; default:
                                        # what its output says (`output.prediction_type`), else "velocity"
@@ -54,7 +55,7 @@ class BLIP3oFlowMatchingLoss(nn.Module):
         velocity_scale:float=1.,       # multiplies the target
         output_scale:float=1.,         # multiplies the network's output
         regularization_weight:float=0.,# of the mean square of the network's output
-        sphere_constraint_weight:float=0., # of the square by which an answer leaves the sphere, for `SlerpPath`
+        sphere_constraint_weight:float=0., # of the square by which an answer leaves the sphere
         schedule_type:str="uniform",   # how `draw` draws times: see `sample_times`; "linear" is "uniform"
         min_noise_level:float=0., max_noise_level:float=1., # band of noise that `draw` draws from: see `noise_band`
         buckets:int=4,                 # bands of t in `parts.by_t`
@@ -64,7 +65,7 @@ class BLIP3oFlowMatchingLoss(nn.Module):
         if loss_space not in PREDICTION_TYPES:
             known = ", ".join(PREDICTION_TYPES)
             raise InputError(f"unknown loss_space '{loss_space}': choose one of {known}")
-        if path is not None and (sigma_min, sigma_max) != (1e-4, 1.):
+        if path is not None and (sigma_min, sigma_max) != (FlowOptions.sigma_min, 1.):
             raise InputError("give sigma_min and sigma_max, or a path that has its own, not both")
         self.path, self.loss_space = path or LinearPath(sigma_min, sigma_max), loss_space
         self.given = bool(prediction_type)
@@ -76,7 +77,8 @@ class BLIP3oFlowMatchingLoss(nn.Module):
         self.schedule_type = "uniform" if schedule_type == "linear" else schedule_type
         self.band = noise_band(min_noise_level, max_noise_level)
         w = None if token_weights is None else torch.as_tensor(token_weights, dtype=torch.float32)
-        if w is not None and (w.min() < 0 or w.sum() == 0): raise InputError("token_weights must not be negative, nor all zero")
+        if w is not None and (w.min() < 0 or w.sum() == 0):
+            raise InputError("token_weights must not be negative, nor all zero")
         self.register_buffer("token_weights", None if w is None else w/w.mean(), persistent=False)
         self.check()
 
@@ -109,39 +111,50 @@ class BLIP3oFlowMatchingLoss(nn.Module):
         return output if k == 1 else k*output
 
 # %% ../../nbs/1_flow/03_losses.ipynb #2fbd409c
-def _error(self:BLIP3oFlowMatchingLoss, pred, s):
+@patch
+def error(self:BLIP3oFlowMatchingLoss, pred, s):
     "Error of an answer in `loss_space`, of its shape; raises `InputError` where shapes do not match"
-    if pred.shape != s.shape: raise InputError(f"the network answered {tuple(pred.shape)}, the target is {tuple(s.shape)}: they must be equal")
+    if pred.shape != s.shape:
+        raise InputError(f"the network answered {tuple(pred.shape)}, the target is {tuple(s.shape)}: "
+                         "they must be equal")
     if self.token_weights is not None and s.shape[1:-1] != self.token_weights.shape:
-        raise InputError(f"{len(self.token_weights)} token_weights for tokens of shape {tuple(s.shape)}: give one for each token")
+        raise InputError(f"{len(self.token_weights)} token_weights for tokens of shape {tuple(s.shape)}: "
+                         "give one for each token")
     target = {"velocity": s.v, "epsilon": s.x0, "sample": s.x1}[self.prediction_type]
     to = getattr(self.path, f"{self.loss_space}_from")
     return to(self.prediction_type, pred, s.xt, s.t) - to(self.prediction_type, target, s.xt, s.t)
 
-def _off_sphere(self:BLIP3oFlowMatchingLoss, pred, s):
-    "Mean square by which an answer leaves the sphere: the part of a velocity that is not tangent at `xt`, or a point's norm less 1"
+@patch
+def off_sphere(self:BLIP3oFlowMatchingLoss, pred, s):
+    "Mean square by which an answer leaves the sphere: a velocity its tangent plane, a point by its norm less 1"
     if not self.sphere_constraint_weight: return 0.
     off = (pred*s.xt).sum(-1) if self.prediction_type == "velocity" else pred.norm(dim=-1) - 1
     return off.square().mean()
 
+@patch
 @torch.no_grad()
-def _describe(self:BLIP3oFlowMatchingLoss, pred, s, per_image, *losses):
+def describe(self:BLIP3oFlowMatchingLoss, pred, s, per_image, *losses):
     "The `LossParts` of a batch"
     band = F.one_hot((s.t*self.buckets).long().clamp(0, self.buckets-1), self.buckets)    # [B, K]
     n, v = band.sum(0), self.path.velocity_from(self.prediction_type, pred, s.xt, s.t)
     return LossParts(*losses, (band*per_image[:, None]).sum(0)/n, n,
                      F.cosine_similarity(v, s.v, dim=-1).mean(), F.cosine_similarity(-s.x0, s.v, dim=-1).mean())
 
-BLIP3oFlowMatchingLoss.error, BLIP3oFlowMatchingLoss.off_sphere, BLIP3oFlowMatchingLoss.describe = _error, _off_sphere, _describe
-
 # %% ../../nbs/1_flow/03_losses.ipynb #6230e055
 @patch
 def check(self:BLIP3oFlowMatchingLoss):
     "Raise `InputError` for options that do not go together"
-    if self.sphere_constraint_weight and not isinstance(self.path, SlerpPath): raise InputError("sphere_constraint_weight is only for SlerpPath: leave it out, or give path=SlerpPath()")
-    if min(self.velocity_scale, self.output_scale) <= 0: raise InputError(f"velocity_scale {self.velocity_scale} and output_scale {self.output_scale} must be above zero")
-    if min(self.regularization_weight, self.sphere_constraint_weight) < 0: raise InputError("regularization_weight and sphere_constraint_weight must not be negative")
-    if self.schedule_type not in TIME_SAMPLERS: raise InputError(f"unknown schedule_type '{self.schedule_type}': choose one of {', '.join(TIME_SAMPLERS)}, linear")
+    if self.sphere_constraint_weight and self.path.geometry != "sphere":
+        raise InputError("sphere_constraint_weight is only for a path on the sphere: "
+                         "leave it out, or give path=SlerpPath()")
+    if min(self.velocity_scale, self.output_scale) <= 0:
+        raise InputError(f"velocity_scale {self.velocity_scale} and output_scale {self.output_scale} "
+                         "must be above zero")
+    if min(self.regularization_weight, self.sphere_constraint_weight) < 0:
+        raise InputError("regularization_weight and sphere_constraint_weight must not be negative")
+    if self.schedule_type not in TIME_SAMPLERS:
+        raise InputError(f"unknown schedule_type '{self.schedule_type}': "
+                         f"choose one of {', '.join(TIME_SAMPLERS)}, linear")
 
 @patch
 def draw(self:BLIP3oFlowMatchingLoss,
