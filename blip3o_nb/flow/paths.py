@@ -1,4 +1,4 @@
-"""Draw training points between noise and data, on straight lines or on great circles, and convert between the three things a network may predict.
+"""Draw training points between noise and data, on straight lines or on great circles, convert between the three things a network may predict, and choose how often each time is trained.
 
 Docs: https://blip3o-nb.github.io/blip3o_nb/1_flow/paths.html.md"""
 
@@ -208,7 +208,7 @@ class SphereModel:
         self.config = SimpleNamespace(prediction_type=prediction_type)
 
     def ends(self, xt, t):
-        "Velocities that pass `xt`, the data they lead to, and how likely each is: `[B, n, n, 3]` twice, `[B, n, n]`"
+        "Velocities that pass `xt`, the data they lead to `[B, n, n, 3]`, and how likely each is `[B, n, n]`"
         e1 = F.normalize(tangent(xt, F.one_hot(xt.abs().argmin(-1), 3).to(xt.dtype)), dim=-1)
         e2, alpha = torch.linalg.cross(xt, e1), self.alpha.to(xt)
         around = alpha.cos()[:, None]*e1[:, None] + alpha.sin()[:, None]*e2[:, None]   # [B, n, 3]
@@ -308,7 +308,7 @@ def log_noise(self:SlerpPath, x:torch.Tensor) -> torch.Tensor: # `[B, ..., D]` -
 PATHS = dict(linear=LinearPath, slerp=SlerpPath)
 
 def path_dict(path) -> dict:
-    "A path as plain values, `name` among them, for a configuration file; raises `InputError` for an unknown class"
+    "A path as plain values, `name` among them, for a file; raises `InputError` for a class without a name"
     names = [name for name, kind in PATHS.items() if type(path) is kind]
     if names: return dict(name=names[0], **vars(path))
     kind = type(path).__name__
@@ -342,7 +342,8 @@ def sample_times(
         raise InputError(f"unknown time sampler '{name}': choose one of {', '.join(TIME_SAMPLERS)}")
     if shift <= 0 or std <= 0: raise InputError(f"shift {shift} and std {std} must both be above zero")
     lo, hi = band
-    if not 0 <= lo < hi <= 1: raise InputError(f"band is {band}: give two times with 0 <= first < second <= 1")
+    if not 0 <= lo < hi <= 1:
+        raise InputError(f"band is {band}: give two times with 0 <= first < second <= 1")
     u = torch.rand(n, generator=generator, device=generator.device if generator else None)
     return lo + (hi-lo)*shift_times(TIME_SAMPLERS[name](u, mean, std), shift)
 
