@@ -1,4 +1,4 @@
-"""Integrate a flow from noise to data in a few evaluations of the network, count them, and know how far the result is from the exact solution.
+"""Integrate a flow from noise to data in a few evaluations of the network, know how far the result is from the exact solution and how probable the flow holds a point to be, and exchange models with other projects.
 
 Docs: https://blip3o-nb.github.io/blip3o_nb/1_flow/samplers.html.md"""
 
@@ -109,7 +109,7 @@ def evaluating(model):
 
 # %% ../../nbs/1_flow/02_samplers.ipynb #76d46d1a
 def guide(v, without, scale, rescale=0.):
-    "Velocities with conditioning, exaggerated away from those without; `rescale` gives back that share of their spread"
+    "Velocities with conditioning, exaggerated away from those without; `rescale` gives back their spread"
     g = torch.lerp(without, v, scale)
     if not rescale: return g
     dims = tuple(range(1, v.ndim))
@@ -118,14 +118,15 @@ def guide(v, without, scale, rescale=0.):
 SINGULAR = {"sample": 1., "epsilon": 0.} # times at which an answer does not determine the velocity
 
 class VelocityField:
-    "A network as a velocity field, guided where there is something to guide away from; counts its evaluations in `nfe`"
+    "A network as a velocity field, guided away from that without conditioning; counts evaluations in `nfe`"
     def __init__(self,
         model, cond, path, prediction_type,
         null=None, scale=1., interval=(0., 1.), rescale=0.,
         dtype:torch.dtype|None=None # that points are handed over in; default: the network's own
     ):
-        self.model, self.cond, self.path, self.prediction_type, self.nfe = model, cond, path, prediction_type, 0
-        self.singular, self.null = SINGULAR.get(prediction_type), null
+        self.model, self.cond, self.null, self.path = model, cond, null, path
+        self.prediction_type, self.singular = prediction_type, SINGULAR.get(prediction_type)
+        self.nfe = 0
         self.scale, self.interval, self.rescale = scale, interval, rescale
         self.own = network_dtype(model)
         self.dtype = self.own or dtype
@@ -149,7 +150,7 @@ def time_grid(
     steps:int,                      # equal steps from 0 to 1, where no times are given
     times:torch.Tensor|list|None=None # a grid of one's own, rising or falling, within [0, 1]
 ) -> list: # of floats, one more than there are steps
-    "The times that a sampler visits; raises `InputError` for a grid that is too short, not monotone or outside [0, 1]"
+    "The times that a sampler visits; raises `InputError` for a grid that is not monotone within [0, 1]"
     if times is None:
         if steps < 1: raise InputError(f"steps is {steps}: at least 1 is needed")
         return torch.linspace(0, 1, steps+1, dtype=torch.float64).tolist()
@@ -217,25 +218,26 @@ class SampleInfo(NamedTuple):
 @torch.no_grad()
 def sample(
     model,                  # `model(xt, t, cond)`; `t` is `[B]`
-    cond=None,              # conditioning `[B, ...]`; `model.cond_cache(cond)` where the model has it, computed once
+    cond=None,              # conditioning `[B, ...]`; through `model.cond_cache` once, where there is one
     path=LinearPath(),      # the path it was trained on
     method:str=FlowOptions.method, # one of `SOLVERS`; "dopri5" chooses its steps by itself
     steps:int=FlowOptions.steps, # equal steps
     tol:float=1e-5,         # of "dopri5": error it allows in a step, absolute and relative
     x0:torch.Tensor=None,   # start points `[B, ...]`; default: noise
     shape:tuple=None,       # of the noise; default: read from `model.config`
-    prediction_type:str=None, # what the model answers; default: `model.config.prediction_type`, else "velocity"
+    prediction_type:str=None, # what the model answers; default: as its configuration says, else "velocity"
     times=None,             # a time grid instead of `steps`: see `time_grid`
-    guidance_scale:float=1.,# how far to go from the answer without conditioning past the one with it; 1 is no guidance
+    guidance_scale:float=1.,# how far from the answer without conditioning to the one with it; 1: no guidance
     guidance_interval:tuple=(0., 1.), # times at which to guide
-    guidance_rescale:float=0., # 0 to 1: how far to bring guided velocities back to the spread of unguided ones
+    guidance_rescale:float=0., # 0 to 1: share of the spread of unguided velocities that is given back
     null=None,              # stands for no conditioning; default: `model.cond_cache(cond, drop)`, if any
     generator:torch.Generator=None, # for the noise
     progress:bool=False,
     return_info:bool=False  # return `(x1, SampleInfo)`
 ) -> torch.Tensor: # `[B, ...]`, in the dtype of `x0`; float32 where it is not given
     "Integrate the model's flow from 0 to 1, or over `times`; raises `InputError` for impossible arguments"
-    if method not in SOLVERS: raise InputError(f"unknown method '{method}': choose one of {', '.join(SOLVERS)}")
+    if method not in SOLVERS:
+        raise InputError(f"unknown method '{method}': choose one of {', '.join(SOLVERS)}")
     model = bare(model)
     kind, ts = prediction_of(model, prediction_type), time_grid(steps if SOLVERS[method].nfe else 1, times)
     x = start_noise(model, cond, path, x0, shape, generator)
@@ -312,7 +314,7 @@ class Convention:
         raise InputError(f"noise and data are both at time {self.data}: give two different times")
     def their_time(self, t): return self.noise + t*(self.data - self.noise)
     def our_time(self, s): return (s - self.noise)/(self.data - self.noise)
-    def velocity(self, v): return v if self.data > self.noise else -v # of ours as theirs, and of theirs as ours
+    def velocity(self, v): return v if self.data > self.noise else -v # ours as theirs, and theirs as ours
 
 DIFFUSERS = Convention(1000., 0.)   # timestep = 1000*sigma, as in FlowMatchEulerDiscreteScheduler and BLIP3-o
 RAE = Convention(1., 0.)            # also diffusers' sigma
@@ -320,7 +322,7 @@ FLOW_MATCHING = Convention(0., 1.)  # facebookresearch/flow_matching
 CONVENTIONS = dict(diffusers=DIFFUSERS, rae=RAE, flow_matching=FLOW_MATCHING)
 
 # %% ../../nbs/1_flow/02_samplers.ipynb #d84a7e49
-FAR = 5. # a time this far from [0, 1] was counted in another unit: adaptive solvers look past the end, but not so far
+FAR = 5. # adaptive solvers look past the end; a time this far from [0, 1] was counted in another unit
 
 def off_singular(
     t:torch.Tensor,  # our times
@@ -353,7 +355,7 @@ def their_model(self:Convention,
 # %% ../../nbs/1_flow/02_samplers.ipynb #484d3e34
 @patch
 def our_model(self:Convention,
-    model # theirs, `model(x, time, cond)`, or `model(x, time)` where `sample` gets no `cond`; answers with a velocity
+    model # theirs: `model(x, time, cond)`, without `cond` where `sample` gets none; answers with a velocity
 ):
     "Their model as `f(xt, t, cond)` that answers with our velocity, for `sample`"
     def ours(xt, t, cond=None):
