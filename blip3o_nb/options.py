@@ -33,7 +33,7 @@ class FlowOptions:
     output_scale: float|None = None    # multiplies the answers; None: the model's feature_scale
     regularization_weight: float = 0.  # of the mean square of the answers
     sphere_constraint_weight: float = 0. # of leaving the sphere, slerp path
-    method: str = "euler"              # solver that samples: euler, midpoint, heun, ralston, rk4 or dopri5
+    method: str = "euler"              # solver that samples: euler, heun or another of `flow.samplers.SOLVERS`
     steps: int = 4                     # of the solver
 
 @dataclass

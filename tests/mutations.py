@@ -14,7 +14,7 @@ class Mutation(NamedTuple):
     test: str   # of test_bugs.py
 
 MUTATIONS = [
-    Mutation(1, "every step but the last goes backwards", "flow/samplers.py", "METHODS[rule], u - t, []", "METHODS[rule], (u - t if u == 1 else t - u), []",
+    Mutation(1, "every step but the last goes backwards", "flow/samplers.py", "    h = u - t\n    vs = []", "    h = u - t if u == 1 else t - u\n    vs = []",
              "test_sampler_moves_with_the_velocity"),
     Mutation(2, "the network is told 1-t", "flow/samplers.py", "t = torch.full((len(x),), t,", "t = torch.full((len(x),), 1 - t,",
              "test_network_is_told_the_time_of_its_points"),

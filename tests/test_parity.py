@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from blip3o_nb.flow.samplers import CONVENTIONS, DIFFUSERS, FLOW_MATCHING, METHODS, Rule, sample
+from blip3o_nb.flow.samplers import CONVENTIONS, DIFFUSERS, FLOW_MATCHING, SOLVERS, runge_kutta, sample
 from blip3o_nb.files import InputError
 from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
 from blip3o_nb.network.nextdit import NextDiT, NextDiTConfig
@@ -91,11 +91,11 @@ def test_their_network_in_our_sampler():
             v = -net(hidden_states, 1 - timestep/1000, encoder_hidden_states)
             return Transformer2DModelOutput(sample=v) if return_dict else (v,)
     x0, which = randn(50, 3), torch.arange(50) % 5
-    for method in METHODS:
+    for method in SOLVERS:
         kw = dict(x0=x0, method=method, steps=6)
         assert apart(sample(DIFFUSERS.our_model(Theirs()), which, **kw), sample(net, which, **kw)) < 1e-11
     by_name = lambda x, timestep, cond: Theirs()(x, timestep, encoder_hidden_states=cond, return_dict=False)
-    kw = dict(x0=x0, guidance_scale=2., steps=6)
+    kw = dict(x0=x0, method="heun", guidance_scale=2., steps=6)
     null = (which + 1) % 5 # anything but the conditioning
     assert apart(sample(DIFFUSERS.our_model(by_name), which, null=null, **kw), sample(net, which, null=null, **kw)) < 1e-11
 
@@ -166,11 +166,12 @@ def test_slerp_path_is_the_geodesic_of_the_sphere(flow_matching):
         ours, theirs = SlerpPath().sample(x0, x1, t), path.sample(x_0=x0, x_1=x1, t=t)
         assert apart(ours.xt, theirs.x_t) < 1e-14 and apart(ours.v, theirs.dx_t) < 1e-13, d
 
-THREE_EIGHTHS = Rule((0, 1/3, 2/3, 1), ((), (1/3,), (-1/3, 1), (1, -1, 1)), (1/8, 3/8, 3/8, 1/8), "three_eighths") # what torchdiffeq calls rk4
+# what torchdiffeq calls rk4
+THREE_EIGHTHS = runge_kutta((0, 1/3, 2/3, 1), ((), (1/3,), (-1/3, 1), (1, -1, 1)), (1/8, 3/8, 3/8, 1/8), order=4)
 
 @pytest.mark.parametrize("ours, theirs", [("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2"), ("three_eighths", "rk4")])
 def test_samplers_are_those_of_the_solver(flow_matching, monkeypatch, ours, theirs):
-    monkeypatch.setitem(METHODS, "three_eighths", THREE_EIGHTHS)
+    monkeypatch.setitem(SOLVERS, "three_eighths", THREE_EIGHTHS)
     solver = flow_matching.ODESolver(flow_matching.ModelWrapper(FLOW_MATCHING.their_model(mixture())))
     x0, which, end = randn(100, 3), torch.arange(100) % 5, .75 if ours == "heun" else 1. # ours takes another rule for a last step to t=1
     for cond in (None, which):

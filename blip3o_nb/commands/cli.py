@@ -314,8 +314,9 @@ def blip3o_sample(
         raise InputError(f"{texts} has no caption: write one on each line, or leave --texts out")
     from blip3o_nb.features.images import read_images
     from blip3o_nb.generation.pipeline import Pipeline, write_samples
-    from blip3o_nb.flow.samplers import METHODS
-    if method not in ("", *METHODS, "dopri5"): raise InputError(f"unknown --method '{method}': choose {', '.join(METHODS)} or dopri5")
+    from blip3o_nb.flow.samplers import SOLVERS
+    if method and method not in SOLVERS:
+        raise InputError(f"unknown --method '{method}': choose one of {', '.join(SOLVERS)}")
     source, pipe = read_images(images or data_path("openclipart.tar.gz")), Pipeline.from_pretrained(checkpoint)
     check_folder(out)
     given = dict(method=(method, ""), steps=(steps, 0), guidance_scale=(guidance_scale, 1.))

@@ -1,4 +1,4 @@
-"""Draw training points between noise and data, on straight lines or on great circles, and convert between the three things a network may predict.
+"""Draw training points between noise and data, on straight lines or on great circles, convert between the three things a network may predict, and choose how often each time is trained.
 
 Docs: https://blip3o-nb.github.io/blip3o_nb/1_flow/paths.html.md"""
 
@@ -6,12 +6,12 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/1_flow/paths.html.md"""
 
 # %% auto #0
 __all__ = ['PREDICTION_TYPES', 'EPS_T', 'PATHS', 'TIME_SAMPLERS', 'PathSample', 'LinearPath', 'MixtureModel',
-           'check_prediction_type', 'tangent', 'exp_map', 'log_map', 'on_sphere', 'SlerpPath', 'path_dict', 'make_path',
-           'SphereModel', 'direction', 'shift_times', 'sample_times', 'noise_band', 'dimension_shift']
+           'check_prediction_type', 'tangent', 'exp_map', 'log_map', 'on_sphere', 'SlerpPath', 'SphereModel',
+           'direction', 'path_dict', 'make_path', 'shift_times', 'sample_times', 'noise_band', 'dimension_shift']
 
 # %% ../../nbs/1_flow/01_paths.ipynb #d62a0a87
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import SimpleNamespace
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
@@ -37,16 +37,20 @@ class LinearPath:
     "Straight lines from noise to data at constant speed (Lipman et al. 2023, section 4.1)"
     sigma_min: float = 0. # standard deviation of the noise that is left at t=1
     sigma_max: float = 1. # standard deviation of the noise x0
+    geometry = "flat"     # of the space that the points live in
 
     def __post_init__(self):
-        if not 0 <= self.sigma_min < self.sigma_max: raise InputError(f"sigma_min {self.sigma_min}, sigma_max {self.sigma_max}: give 0 <= sigma_min < sigma_max")
+        if 0 <= self.sigma_min < self.sigma_max: return
+        raise InputError(f"sigma_min {self.sigma_min}, sigma_max {self.sigma_max}: "
+                         "give 0 <= sigma_min < sigma_max")
     @property
     def removed(self): return 1 - self.sigma_min/self.sigma_max # the share of the noise that is gone at t=1
     def noise_level(self, t): return 1 - self.removed*t         # the factor of x0
 
     def noise(self, shape, generator=None, device=None):
         "Normal start points, drawn where the generator lives and moved to `device`"
-        return self.sigma_max*torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+        drawn_on = generator.device if generator else device
+        return self.sigma_max*torch.randn(shape, generator=generator, device=drawn_on).to(device)
 
     def sample(self,
         x0:torch.Tensor, # noise `[B, ...]`
@@ -59,7 +63,7 @@ class LinearPath:
 
 # %% ../../nbs/1_flow/01_paths.ipynb #539b9ecc
 class MixtureModel:
-    "What a perfectly trained network would answer for Gaussian noise and a mixture of Gaussians: a flow with a known solution"
+    "A perfectly trained network for Gaussian noise and a mixture of Gaussians: a flow with a known solution"
     def __init__(self,
         means:torch.Tensor,            # of the components `[K, D]`
         std:float|torch.Tensor,        # of each component: a number or `[D]`
@@ -74,11 +78,14 @@ class MixtureModel:
         t:torch.Tensor,        # `[B]`
         cond:torch.Tensor=None # `[B]`, the component of each row; None is all of them
     ) -> torch.Tensor: # `[B, D]`
-        t, mu = t[:, None, None], self.means if cond is None else self.means[cond][:, None]        # [B, 1, 1], [B or 1, K, D]
-        a, s, var0, var1 = self.path.noise_level(t), self.path.removed, self.path.sigma_max**2, self.std**2
-        var, off = a**2*var0 + t**2*var1, xt[:, None] - t*mu                                       # Var(xt), [B, K, D]
-        mean, cov = {"sample": (mu, t*var1), "epsilon": (0*mu, a*var0), "velocity": (mu, t*var1 - s*a*var0)}[self.config.prediction_type]
-        w = (-.5*(off**2/var).sum(-1, keepdim=True)).softmax(1)                                    # [B, K, 1]
+        t = t[:, None, None]                                            # [B, 1, 1]
+        mu = self.means if cond is None else self.means[cond][:, None]  # [K, D] or [B, 1, D]
+        a, s = self.path.noise_level(t), self.path.removed
+        var0, var1 = self.path.sigma_max**2, self.std**2
+        var, off = a**2*var0 + t**2*var1, xt[:, None] - t*mu            # Var(xt), [B, K, D]
+        moments = {"sample": (mu, t*var1), "epsilon": (0*mu, a*var0), "velocity": (mu, t*var1 - s*a*var0)}
+        mean, cov = moments[self.config.prediction_type]
+        w = (-.5*(off**2/var).sum(-1, keepdim=True)).softmax(1)         # [B, K, 1]
         return (w*(mean + cov/var*off)).sum(1)
 
 # %% ../../nbs/1_flow/01_paths.ipynb #43326ab0
@@ -89,8 +96,8 @@ def check_prediction_type(
 ) -> str:
     "The prediction type's own name; raises `InputError` for an unknown one"
     name = "velocity" if name == "v_prediction" else name
-    if name not in PREDICTION_TYPES: raise InputError(f"unknown prediction_type '{name}': choose one of {', '.join(PREDICTION_TYPES)}")
-    return name
+    if name in PREDICTION_TYPES: return name
+    raise InputError(f"unknown prediction_type '{name}': choose one of {', '.join(PREDICTION_TYPES)}")
 
 # %% ../../nbs/1_flow/01_paths.ipynb #ad717df0
 EPS_T = 0.05 # smallest divisor in a conversion (Li and He 2025)
@@ -111,14 +118,16 @@ def velocity_from(self:LinearPath,
 
 # %% ../../nbs/1_flow/01_paths.ipynb #ea9f85d1
 @patch
-def sample_from(self:LinearPath, prediction_type:str, out:torch.Tensor, xt:torch.Tensor, t:torch.Tensor, eps_t:float=EPS_T) -> torch.Tensor:
+def sample_from(self:LinearPath, prediction_type:str, out:torch.Tensor, xt:torch.Tensor, t:torch.Tensor,
+                eps_t:float=EPS_T) -> torch.Tensor:
     "The data that an answer stands for; arguments as in `velocity_from`"
     if check_prediction_type(prediction_type) == "sample": return out
     v = self.velocity_from(prediction_type, out, xt, t, eps_t)
     return self.removed*xt + self.noise_level(expand_t(t, xt))*v
 
 @patch
-def epsilon_from(self:LinearPath, prediction_type:str, out:torch.Tensor, xt:torch.Tensor, t:torch.Tensor, eps_t:float=EPS_T) -> torch.Tensor:
+def epsilon_from(self:LinearPath, prediction_type:str, out:torch.Tensor, xt:torch.Tensor, t:torch.Tensor,
+                 eps_t:float=EPS_T) -> torch.Tensor:
     "The noise that an answer stands for; arguments as in `velocity_from`"
     if check_prediction_type(prediction_type) == "epsilon": return out
     return xt - expand_t(t, xt)*self.velocity_from(prediction_type, out, xt, t, eps_t)
@@ -143,7 +152,7 @@ def log_map(
     x:torch.Tensor, # points of the sphere `[..., D]`
     p:torch.Tensor  # points of the sphere
 ) -> torch.Tensor: # tangent vectors at `x`, no longer than pi
-    "The inverse of `exp_map`: how to get from each `x` to `p`; one of the equally short ways between exact opposites"
+    "The inverse of `exp_map`: how to get from each `x` to `p`; one of the shortest ways to an exact opposite"
     apart, sum_ = p - x, p + x
     theta = 2*torch.atan2(apart.norm(dim=-1, keepdim=True), sum_.norm(dim=-1, keepdim=True))
     w = tangent(x, torch.where(theta < math.pi/2, apart, sum_))
@@ -160,11 +169,13 @@ def on_sphere(x:torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SlerpPath:
-    "Great circles at constant speed; each vector along the last axis is a point of its own unit sphere (Chen and Lipman 2024, section 3.2)"
-    retraction: str = "exp" # how samplers step: "exp" along great circles, "project" straight on and back to the sphere
+    "Great circles at constant speed, on a unit sphere for each vector (Chen and Lipman 2024, section 3.2)"
+    retraction: str = "exp" # how samplers step: "exp" along great circles, "project" straight on and back
+    geometry = "sphere"     # of the space that the points live in
 
     def __post_init__(self):
-        if self.retraction not in ("exp", "project"): raise InputError(f"unknown retraction '{self.retraction}': choose exp or project")
+        if self.retraction in ("exp", "project"): return
+        raise InputError(f"unknown retraction '{self.retraction}': choose exp or project")
 
     def noise(self, shape, generator=None, device=None):
         "Start points, uniform on each sphere; drawn where the generator lives and moved to `device`"
@@ -175,7 +186,7 @@ class SlerpPath:
         x1:torch.Tensor, # data `[B, ..., D]`; lengths are dropped
         t:torch.Tensor   # `[B]`
     ) -> PathSample:
-        "The point at time `t` on the shorter way between each `x0` and `x1`, and its velocity: tangent there, as long as their angle"
+        "The point at time `t` on the shorter way between each `x0` and `x1`, and its velocity, tangent there"
         a, b = on_sphere(x0), on_sphere(x1)
         s, y = expand_t(t.to(a.dtype), a), log_map(a, b)
         theta = y.norm(dim=-1, keepdim=True)
@@ -183,26 +194,13 @@ class SlerpPath:
         v = tangent(xt, (s*theta).cos()*y - theta*(s*theta).sin()*a)
         return PathSample(*(z.to(x1.dtype) for z in (a, b)), t, xt.to(x1.dtype), v.to(x1.dtype))
 
-# %% ../../nbs/1_flow/01_paths.ipynb #bac08892
-PATHS = dict(linear=LinearPath, slerp=SlerpPath)
-
-def path_dict(path) -> dict:
-    "A path as plain values, `name` among them, for a configuration file; raises `InputError` for a class that has no name"
-    if type(path) not in PATHS.values(): raise InputError(f"{type(path).__name__} has no name to be stored under: PATHS['{type(path).__name__.lower()}'] = {type(path).__name__} gives it one")
-    return dict(name=next(k for k, c in PATHS.items() if type(path) is c), **asdict(path))
-
-def make_path(name:str="linear", **options): # the inverse of `path_dict`
-    "The path of that name; raises `InputError` for an unknown one"
-    if name not in PATHS: raise InputError(f"unknown path '{name}': choose one of {', '.join(PATHS)}")
-    return PATHS[name](**options)
-
 # %% ../../nbs/1_flow/01_paths.ipynb #d1d63ba4
 class SphereModel:
-    "What a perfectly trained network would answer for uniform noise and a given density on the sphere in three dimensions"
+    "A perfectly trained network for uniform noise and a given density on the sphere in three dimensions"
     def __init__(self,
         log_density,            # of the data: points `[..., 3]` to `[...]`; need not be normalised
         n:int=40,               # points of the quadrature in each direction
-        prediction_type:str="velocity" # what is answered: "velocity" or "sample", the mean of the data, inside the sphere
+        prediction_type:str="velocity" # what is answered: "velocity" or "sample", the mean of the data
     ):
         z, w = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(n))
         self.log_density, self.theta = log_density, (z + 1)*math.pi/2             # [n]
@@ -210,11 +208,11 @@ class SphereModel:
         self.config = SimpleNamespace(prediction_type=prediction_type)
 
     def ends(self, xt, t):
-        "Velocities that pass `xt`, the data they lead to, and how likely each is: `[B, n, n, 3]` twice and `[B, n, n]`"
+        "Velocities that pass `xt`, the data they lead to `[B, n, n, 3]`, and how likely each is `[B, n, n]`"
         e1 = F.normalize(tangent(xt, F.one_hot(xt.abs().argmin(-1), 3).to(xt.dtype)), dim=-1)
-        e2 = torch.linalg.cross(xt, e1)
-        around = self.alpha.to(xt).cos()[:, None]*e1[:, None] + self.alpha.to(xt).sin()[:, None]*e2[:, None]   # [B, n, 3]
-        y = self.theta.to(xt)[:, None, None]*around[:, None]                                                   # [B, n, n, 3]
+        e2, alpha = torch.linalg.cross(xt, e1), self.alpha.to(xt)
+        around = alpha.cos()[:, None]*e1[:, None] + alpha.sin()[:, None]*e2[:, None]   # [B, n, 3]
+        y = self.theta.to(xt)[:, None, None]*around[:, None]                           # [B, n, n, 3]
         x1 = exp_map(xt[:, None, None], (1 - t.to(xt))[:, None, None, None]*y)
         return y, x1, self.weight.to(xt)[:, None]*self.log_density(x1).exp()
 
@@ -233,7 +231,8 @@ def direction(out, xt):
     return on_sphere(out + (.01 - out.norm(dim=-1, keepdim=True)).clamp_min(0)*xt).to(xt.dtype)
 
 @patch
-def velocity_from(self:SlerpPath, prediction_type:str, out:torch.Tensor, xt:torch.Tensor, t:torch.Tensor, eps_t:float=EPS_T) -> torch.Tensor:
+def velocity_from(self:SlerpPath, prediction_type:str, out:torch.Tensor, xt:torch.Tensor, t:torch.Tensor,
+                  eps_t:float=EPS_T) -> torch.Tensor:
     "The velocity that an answer stands for, tangent at `xt`; arguments as in `LinearPath.velocity_from`"
     p, t = check_prediction_type(prediction_type), expand_t(t, xt)
     if p == "velocity": return tangent(xt, out)
@@ -241,16 +240,84 @@ def velocity_from(self:SlerpPath, prediction_type:str, out:torch.Tensor, xt:torc
     return y/(1-t).clamp_min(eps_t) if p == "sample" else -y/t.clamp_min(eps_t)
 
 @patch
-def sample_from(self:SlerpPath, prediction_type:str, out:torch.Tensor, xt:torch.Tensor, t:torch.Tensor, eps_t:float=EPS_T) -> torch.Tensor:
+def sample_from(self:SlerpPath, prediction_type:str, out:torch.Tensor, xt:torch.Tensor, t:torch.Tensor,
+                eps_t:float=EPS_T) -> torch.Tensor:
     "The data that an answer stands for; arguments as in `velocity_from`"
     if check_prediction_type(prediction_type) == "sample": return direction(out, xt)
     return exp_map(xt, (1-expand_t(t, xt))*self.velocity_from(prediction_type, out, xt, t, eps_t))
 
 @patch
-def epsilon_from(self:SlerpPath, prediction_type:str, out:torch.Tensor, xt:torch.Tensor, t:torch.Tensor, eps_t:float=EPS_T) -> torch.Tensor:
+def epsilon_from(self:SlerpPath, prediction_type:str, out:torch.Tensor, xt:torch.Tensor, t:torch.Tensor,
+                 eps_t:float=EPS_T) -> torch.Tensor:
     "The noise that an answer stands for; arguments as in `velocity_from`"
     if check_prediction_type(prediction_type) == "epsilon": return direction(out, xt)
     return exp_map(xt, -expand_t(t, xt)*self.velocity_from(prediction_type, out, xt, t, eps_t))
+
+# %% ../../nbs/1_flow/01_paths.ipynb #84fdc519
+@patch
+def retract(self:LinearPath, x, y):
+    "Where a step `y` from `x` leads"
+    return x + y
+
+@patch
+def pullback(self:LinearPath, x, y, v):
+    "A velocity at `retract(x, y)` as the velocity of `y`"
+    return v
+
+@patch
+def project(self:LinearPath, x):
+    "The nearest point of the space"
+    return x
+
+# %% ../../nbs/1_flow/01_paths.ipynb #d900f5e2
+@patch
+def retract(self:SlerpPath, x, y):
+    "Where a tangent step `y` from `x` leads"
+    return exp_map(x, y) if self.retraction == "exp" else on_sphere(x + y).to(x.dtype)
+
+@patch
+def pullback(self:SlerpPath, x, y, v):
+    "A velocity at `retract(x, y)` as the velocity of `y`"
+    if self.retraction == "project":
+        return (x + y).norm(dim=-1, keepdim=True)*(v - (v*x).sum(-1, keepdim=True)*(x + y))
+    n = y.norm(dim=-1, keepdim=True)
+    e = y/n.clamp_min(torch.finfo(y.dtype).tiny)
+    along = (v*(n.cos()*e - n.sin()*x)).sum(-1, keepdim=True)
+    return along*e + (v - along*(n.cos()*e - n.sin()*x))/torch.sinc(n/torch.pi)
+
+@patch
+def project(self:SlerpPath, x):
+    "The nearest point of the sphere, in float32 at least"
+    return on_sphere(x)
+
+# %% ../../nbs/1_flow/01_paths.ipynb #abb11271
+@patch
+def log_noise(self:LinearPath, x:torch.Tensor) -> torch.Tensor: # `[B, ..., D]` -> `[B]`
+    "Log density of the noise"
+    rows, normal = x.flatten(1), math.log(self.sigma_max) + .5*math.log(2*math.pi)
+    return -.5*(rows/self.sigma_max).square().sum(1) - rows.shape[1]*normal
+
+@patch
+def log_noise(self:SlerpPath, x:torch.Tensor) -> torch.Tensor: # `[B, ..., D]` -> `[B]`
+    "Log density of the noise, in the units of area of each sphere"
+    d, channels = x.shape[-1], x[0].numel()
+    area = math.log(2) + d/2*math.log(math.pi) - math.lgamma(d/2) # logarithm, of one sphere
+    return x.new_full((len(x),), -channels/d*area)
+
+# %% ../../nbs/1_flow/01_paths.ipynb #bac08892
+PATHS = dict(linear=LinearPath, slerp=SlerpPath)
+
+def path_dict(path) -> dict:
+    "A path as plain values, `name` among them, for a file; raises `InputError` for a class without a name"
+    names = [name for name, kind in PATHS.items() if type(path) is kind]
+    if names: return dict(name=names[0], **vars(path))
+    kind = type(path).__name__
+    raise InputError(f"{kind} has no name to be stored under: PATHS['{kind.lower()}'] = {kind} gives it one")
+
+def make_path(name:str="linear", **options): # the inverse of `path_dict`
+    "The path of that name; raises `InputError` for an unknown one"
+    if name not in PATHS: raise InputError(f"unknown path '{name}': choose one of {', '.join(PATHS)}")
+    return PATHS[name](**options)
 
 # %% ../../nbs/1_flow/01_paths.ipynb #7d011b1d
 TIME_SAMPLERS = {
@@ -271,10 +338,12 @@ def sample_times(
     band:tuple=(0., 1.) # the times that are trained, all of [0, 1] scaled into them: see `noise_band`
 ) -> torch.Tensor: # `[n]`, in the band, on the generator's device
     "Draw training times; raises `InputError` for an unknown name or an impossible value"
-    if name not in TIME_SAMPLERS: raise InputError(f"unknown time sampler '{name}': choose one of {', '.join(TIME_SAMPLERS)}")
+    if name not in TIME_SAMPLERS:
+        raise InputError(f"unknown time sampler '{name}': choose one of {', '.join(TIME_SAMPLERS)}")
     if shift <= 0 or std <= 0: raise InputError(f"shift {shift} and std {std} must both be above zero")
     lo, hi = band
-    if not 0 <= lo < hi <= 1: raise InputError(f"band is {band}: give two times with 0 <= first < second <= 1")
+    if not 0 <= lo < hi <= 1:
+        raise InputError(f"band is {band}: give two times with 0 <= first < second <= 1")
     u = torch.rand(n, generator=generator, device=generator.device if generator else None)
     return lo + (hi-lo)*shift_times(TIME_SAMPLERS[name](u, mean, std), shift)
 
@@ -285,7 +354,8 @@ def noise_band(
 ) -> tuple: # (first time, last time), for `sample_times`
     "The band of times between two noise levels; raises `InputError` for levels that leave none"
     if not 0 <= min_noise_level < max_noise_level <= 1:
-        raise InputError(f"noise levels {min_noise_level} to {max_noise_level}: give 0 <= min_noise_level < max_noise_level <= 1")
+        raise InputError(f"noise levels {min_noise_level} to {max_noise_level}: "
+                         "give 0 <= min_noise_level < max_noise_level <= 1")
     return 1-max_noise_level, 1-min_noise_level
 
 # %% ../../nbs/1_flow/01_paths.ipynb #3f7c03dd

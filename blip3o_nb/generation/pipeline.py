@@ -22,7 +22,7 @@ from ..core import HELD_OUT, SHIPPED, Task, get_task, load_tensors, named_genera
 from ..network.dit import BLIP3oDiT
 from ..network.nextdit import NextDiT
 from ..flow.paths import PATHS, make_path, path_dict
-from ..flow.samplers import METHODS, cast, evaluating, network_dtype, sample
+from ..flow.samplers import SOLVERS, cast, evaluating, network_dtype, sample
 from ..features.loading import NORMS, Normalizer
 
 # %% ../../nbs/5_generation/01_pipeline.ipynb #4aba7542
@@ -292,7 +292,7 @@ def read_flow(folder:str|Path) -> dict:
         make_path(**f["path"])
     except (InputError, TypeError) as e: raise InputError(f"{file}: {e}") from e
     need(f["objective"] in ("flow", "regression"), "objective")
-    need(f["method"] in (*METHODS, "dopri5"), "method")
+    need(f["method"] in SOLVERS, "method")
     need(0 < f["steps"] <= 10_000, "steps")
     need(all(isinstance(v, str) or isinstance(v, (int, float)) and abs(v) < 1e6 for v in f["path"].values()), "path")
     for k in ("target", "cond"):

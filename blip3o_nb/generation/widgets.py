@@ -18,7 +18,7 @@ from ..core import layout_of
 from ..features.images import Unreadable, read_images
 from .pipeline import Pipeline
 from ..flow.paths import LinearPath, SlerpPath
-from ..flow.samplers import METHODS, VelocityField, sample
+from ..flow.samplers import SOLVERS, VelocityField, sample
 from ..features.shards import FEATURES, FeatureDataset
 from ..viz import CEILING, CYCLE, FLOOR, marks, shorten, show_images, token_map, token_rgb
 
@@ -136,7 +136,8 @@ def follow(
     for t in times.tolist():
         k = int((info.times <= t + 1e-9).sum()) - 1
         a, x, last = info.times[k].item(), info.trajectory[k], k == len(info.times) - 2
-        if t - a > 1e-9: x = go(x, METHODS[method].last if last else method, times=[a, t]).trajectory[-1]
+        by = last and SOLVERS[method].last or method
+        if t - a > 1e-9: x = go(x, by, times=[a, t]).trajectory[-1]
         xt.append(x); x1.append(path.sample_from("velocity", field(x, t), x, x.new_tensor([t])))
     xt, x1 = torch.cat(xt), torch.cat(x1)
     emb = pipe.pool(pipe.target_norm.decode(torch.cat([x1, real])))
@@ -232,7 +233,7 @@ def path_explorer(
     def draw(picture, method, steps, guidance, shown, t):
         return plot_trace(traced(picture, method, steps, guidance), t, texts, text_emb, ds.captions[picture], get(ds.keys[picture]), others, shown)
     free, tokens = getattr(pipe.model, "null", None) is not None, [("all tokens", None), ("first token", 0), ("middle token", pipe.model.config.num_tokens//2)]
-    solver = W.Dropdown(options=list(METHODS), value=pipe.method if pipe.method in METHODS else "heun", description="solver")
+    solver = W.Dropdown(options=list(SOLVERS), value=pipe.method, description="solver")
     strength = slider("guidance" if free else "guidance (trained without cond_dropout)", 1., 0., 4., .5, disabled=not free)
     return explorer(draw, picture=slider("picture", 0, 0, len(ds)-1), method=solver, steps=slider("steps", pipe.steps, 1, max(32, pipe.steps)), guidance=strength,
                     shown=W.Dropdown(options=tokens, index=0, description="way of"), t=slider("t", .5, 0., 1., .05, live=True))

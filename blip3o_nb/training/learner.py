@@ -29,7 +29,7 @@ from ..files import InputError
 from ..core import Task, get_task, named_generator
 from ..network.dit import BLIP3oDiT
 from ..flow.losses import BLIP3oFlowMatchingLoss, cls_weights
-from ..flow.paths import LinearPath, PathSample, SlerpPath, make_path, noise_band, sample_times
+from ..flow.paths import LinearPath, PathSample, make_path, noise_band, sample_times
 from ..features.loading import Normalizer
 from ..viz import show_tokens
 
@@ -423,6 +423,6 @@ def check_features(model, dls, norms, path):
         if have != want:
             raise InputError(f"the model's {what.replace('_w', ' w')} is {have}, the features have {want}: "
                              f"build the model with {want}")
-    if isinstance(path, SlerpPath) and norms[0].mode not in ("l2", "sphere"):
+    if path.geometry == "sphere" and norms[0].mode not in ("l2", "sphere"):
         raise InputError(f"a spherical path needs targets on the sphere, task '{dls.task.name}' has "
                          f"target_norm '{norms[0].mode}': use l2 or sphere")

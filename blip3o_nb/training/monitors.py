@@ -20,7 +20,7 @@ from fastcore.imports import ipython_shell
 from tqdm.auto import tqdm
 from ..core import ranks
 from ..files import InputError
-from ..flow.paths import PathSample, SlerpPath
+from ..flow.paths import PathSample
 from ..flow.samplers import evaluating
 from ..network.dit import forward_flops
 from .learner import RegressionCallback
@@ -125,7 +125,8 @@ class MonitorCallback(Callback):
         by_part = dict(zip(groups, torch.stack([total_norm(g) for g in groups.values()]).tolist()))
         norm, clip, parts = sum(v*v for v in by_part.values())**.5, getattr(self.learn, "clip", None), loss.parts
         truth = {"velocity": s.v, "epsilon": s.x0, "sample": s.x1}[loss.prediction_type]
-        ratio = float("nan") if isinstance(self.flow.path, SlerpPath) else rms(loss.answer(self.pred))/max(rms(truth), 1e-12) # the length of an answer means nothing on the sphere
+        ratio = rms(loss.answer(self.pred))/max(rms(truth), 1e-12)
+        if self.flow.path.geometry == "sphere": ratio = float("nan") # there the length of an answer means nothing
         size, offset = size_and_offset(s.x1, self.flow.target_norm.mode)
         noise = size_and_offset(s.x0, self.flow.target_norm.mode)[0]
         cond_size, cond_offset = size_and_offset(self.xb[2], self.flow.cond_norm.mode)
