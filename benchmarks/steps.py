@@ -14,7 +14,9 @@ def sizes(preset, **kw):
     return {**dict(dim=p["hidden_size"], layers=p["num_hidden_layers"], heads=p["num_attention_heads"], kv_heads=p["num_key_value_heads"], target=1024, cond=4096, tokens=256), **kw}
 
 def ours(dim, layers, heads, kv_heads, target, cond, tokens):
-    return BLIP3oDiT(BLIP3oDiTConfig(hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, clip_embedding_size=target, eva_embedding_size=cond, num_tokens=tokens))
+    return BLIP3oDiT(BLIP3oDiTConfig(hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
+                                     num_key_value_heads=kv_heads, target_size=target, cond_size=cond,
+                                     num_tokens=tokens))
 
 NETWORKS = {"blip3o_nb": ours, "Lumina": Lumina, "lineage": Lineage}
 

@@ -1,1 +1,2 @@
 "The transformer"
+from . import nextdit # joins NETWORKS, and gives BLIP3oDiT its from_nextdit

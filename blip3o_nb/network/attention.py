@@ -1,4 +1,4 @@
-"""Give every token a place on the picture's grid, so that attention sees how two tokens lie to each other and nothing else of where they are.
+"""Let tokens look at each other and at the conditioning: with a place for every token, grouped heads, and queries and keys of one length, on torch's fused kernel.
 
 Docs: https://blip3o-nb.github.io/blip3o_nb/2_network/attention.html.md"""
 
@@ -17,12 +17,14 @@ def axis_channels(
     head_dim:int, # channels of one attention head
     axes:int      # 1, 2 or 3
 ) -> list: # channels that each axis turns, even numbers that sum to `head_dim`
-    "Equal shares; of three axes the first gets about an eighth; raises `InputError` where the pairs cannot be shared out"
+    "Equal shares; of three axes the first gets about an eighth; raises `InputError` for what does not divide"
     if axes not in (1, 2, 3): raise InputError(f"{axes} axes: choose 1, 2 or 3")
     first = [max(4, head_dim//32*4)] if axes == 3 else []
     rest, n = head_dim - sum(first), axes - len(first)
     if rest <= 0 or rest % (2*n):
-        raise InputError(f"head_dim {head_dim} does not split into pairs for {axes} axes: choose a multiple of {2*n}{', at least 8' if first else ''}")
+        least = ", at least 8" if first else ""
+        raise InputError(f"head_dim {head_dim} does not split into pairs for {axes} axes: "
+                         f"choose a multiple of {2*n}{least}")
     return first + [rest//n]*n
 
 def rope_table(
@@ -30,7 +32,7 @@ def rope_table(
     head_dim:int,           # channels of one attention head
     theta:float=100.        # ratio between the fastest and, about, the slowest pair
 ) -> tuple[torch.Tensor, torch.Tensor]: # cosines and sines, each `[N, head_dim/2]`
-    "Cosine and sine of every pair's angle at every position; raises `InputError` where the pairs cannot be shared out among the axes"
+    "Cosine and sine of every pair's angle at every position; raises `InputError` as `axis_channels` does"
     angle = []
     for p, channels in zip(positions.T, axis_channels(head_dim, positions.shape[1])):
         n = channels//2                                             # pairs of this axis
@@ -52,23 +54,27 @@ def rotate(
 def grid_positions(
     layout:Layout,           # of the tokens to be placed
     target:Layout|None=None, # of the tokens whose patches are the unit of length; default: `layout`
-    kinds:bool=False         # a third axis, in front, that tells CLS from patches
+    kinds:bool=False         # a third axis, in front, that tells CLS and registers from patches
 ) -> torch.Tensor: # `[N, 2]`, row and column of every token; or `[N, 3]`, its kind before them
-    "Where the tokens lie: patches at their centres, counted from 1 in units of the target's grid; a CLS token off the grid, at the origin or, with `kinds`, above the centre"
-    side, n = (target or layout).grid, int(layout.has_cls)
-    centre = (torch.arange(layout.grid) + .5)*side/layout.grid + .5  # [g]
+    "Where tokens lie: patches at their centres, counted from 1 in the target's steps; others in front"
+    g, n = layout.grid, layout.prefix
+    side = (target or layout).grid or g                              # without a grid there, in its own steps
+    centre = (torch.arange(g) + .5)*side/g + .5                      # [g]
     patches = torch.cartesian_prod(centre, centre)                   # [g*g, 2], row by row
-    if not kinds: return torch.cat([torch.zeros(n, 2), patches])
-    return torch.cat([torch.tensor([[1., (side+1)/2, (side+1)/2]]*n).view(n, 3), F.pad(patches, (1, 0))])
+    front = torch.arange(0., -(n + layout.length), -1)[:, None].repeat(1, 2) # [n + length, 2], a diagonal
+    if not kinds: return torch.cat([front, patches])
+    first = F.pad(torch.full((n, 2), (side+1)/2), (1, 0))            # over the centre
+    first[:, 0] = torch.arange(1., n+1)
+    return torch.cat([first, F.pad(torch.cat([front[n:], patches]), (1, 0))])
 
 # %% ../../nbs/2_network/01_attention.ipynb #5d961b96
 class RMSNorm(nn.RMSNorm):
-    "torch's RMSNorm with the gain cast to the tokens' precision, so that mixed precision keeps the fused kernel"
+    "torch's RMSNorm with the gain in the tokens' precision, so that mixed precision keeps the fused kernel"
     def forward(self, x): return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 # %% ../../nbs/2_network/01_attention.ipynb #d3647cf3
 class Attention(nn.Module):
-    "Grouped-query attention, of tokens to themselves or to others; raises `InputError` for numbers of heads that do not divide"
+    "Grouped-query attention, of tokens to themselves or others; raises `InputError` for impossible heads"
     def __init__(self,
         dim:int,                # channels of the tokens that ask
         heads:int,              # query heads, of dim/heads channels each
@@ -77,21 +83,25 @@ class Attention(nn.Module):
         qk_norm:bool=True       # normalise each query and key
     ):
         super().__init__()
-        if dim % heads: raise InputError(f"{heads} heads do not divide a width of {dim}: choose a number of heads that divides {dim}")
-        if heads % kv_heads: raise InputError(f"{kv_heads} key/value heads do not divide {heads} heads: choose a number that divides {heads}")
+        if dim % heads:
+            raise InputError(f"{heads} heads do not divide a width of {dim}: "
+                             f"choose a number of heads that divides {dim}")
+        if heads % kv_heads:
+            raise InputError(f"{kv_heads} key/value heads do not divide {heads} heads: "
+                             f"choose a number that divides {heads}")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim//heads
         self.q, self.out = [nn.Linear(dim, dim, bias=False) for _ in range(2)]
         self.kv = nn.Linear(cond_dim or dim, 2*kv_heads*self.head_dim, bias=False)
         self.q_norm, self.k_norm = [RMSNorm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2)]
 
     def keys_values(self, x, rope=None): # [B, M, cond_dim] -> two of [B, kv_heads, M, head_dim]
-        k, v = self.kv(x).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)     # [B, M, kv_heads, head_dim] each
+        k, v = self.kv(x).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)
         k, v = self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         return (k if rope is None else rotate(k, *rope)), v
 
-    def forward(self, x, rope=None, kv=None): # [B, N, dim] -> [B, N, dim]
-        q = self.q_norm(self.q(x).unflatten(-1, (self.heads, self.head_dim))).transpose(1, 2) # [B, heads, N, head_dim]
-        if rope is not None: q = rotate(q, *rope)
+    def forward(self, x, rope=None, kv=None, mask=None): # [B, N, dim] -> [B, N, dim]; mask [B, 1, 1, M]
+        q = self.q_norm(self.q(x).unflatten(-1, (self.heads, self.head_dim))).transpose(1, 2)
+        if rope is not None: q = rotate(q, *rope)                                 # [B, heads, N, head_dim]
         k, v = self.keys_values(x, rope) if kv is None else kv
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.kv_heads < self.heads)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.kv_heads < self.heads)
         return self.out(y.transpose(1, 2).flatten(2))

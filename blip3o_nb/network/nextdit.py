@@ -10,6 +10,7 @@ __all__ = ['RENAMED', 'IN_SHAPES', 'HeadsQKV', 'NextDiTBlock', 'NextDiTConfig', 
 
 # %% ../../nbs/2_network/03_nextdit.ipynb #ee561d5d
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -18,17 +19,21 @@ from safetensors import SafetensorError, safe_open
 from ..files import InputError, read_json
 from ..core import Config, layout_of
 from .attention import RMSNorm, grid_positions, rope_table, rotate
-from .dit import Pretrained, SwiGLU, TIME_WIDTH, check_types, time_embedding
+from .dit import BLIP3oDiT, NETWORKS, Pretrained, SwiGLU, TIME_WIDTH
+from .dit import check_heads, check_types, time_embedding, without_padding
 
 # %% ../../nbs/2_network/03_nextdit.ipynb #31597d9d
 class HeadsQKV(nn.Module):
     "Queries, keys and values of all heads, queries and keys normalised across heads"
     def __init__(self, dim:int, cond_dim:int, heads:int, kv_heads:int, qk_norm:bool):
         super().__init__()
-        self.head_dim = dim//heads
-        self.q, self.k, self.v = [nn.Linear(i, n*self.head_dim, bias=False) for i, n in ((dim, heads), (cond_dim, kv_heads), (cond_dim, kv_heads))]
-        self.q_norm, self.k_norm = [nn.LayerNorm(n*self.head_dim) if qk_norm else nn.Identity() for n in (heads, kv_heads)]
-    def split(self, x): return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) # [B, N, heads*head_dim] -> [B, heads, N, head_dim]
+        self.head_dim = d = dim//heads
+        self.q = nn.Linear(dim, heads*d, bias=False)
+        self.k, self.v = [nn.Linear(cond_dim, kv_heads*d, bias=False) for _ in range(2)]
+        norm = nn.LayerNorm if qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(heads*d), norm(kv_heads*d)
+    def split(self, x): # [B, N, heads*head_dim] -> [B, heads, N, head_dim]
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
     def queries(self, x, rope): return rotate(self.split(self.q_norm(self.q(x))), *rope)
     def keys_values(self, x): return self.split(self.k_norm(self.k(x))), self.split(self.v(x))
 
@@ -42,19 +47,27 @@ class NextDiTBlock(nn.Module):
         self.mlp, self.ada = SwiGLU(dim, hidden), nn.Linear(min(dim, 1024), 4*dim)
         self.norm1, self.norm2, self.norm3, self.norm4 = [RMSNorm(dim, eps=eps) for _ in range(4)]
         self.cond_norm = RMSNorm(cond_dim, eps=eps)
-    def forward(self, x, temb, rope, kv): # [B, N, dim], [B, width of the time], tables, keys and values of the conditioning -> [B, N, dim]
+    def forward(self,
+        x,        # `[B, N, dim]`
+        temb,     # of the time and the pooled conditioning `[B, width of the time]`
+        rope,     # tables for the positions of `x`
+        kv,       # keys and values of the conditioning
+        mask=None # `[B, 1, 1, M]`, true where a token of the conditioning is there; default: all are
+    ): # `[B, N, dim]`
         s1, g1, s2, g2 = self.ada(F.silu(temb))[:, None].chunk(4, -1)        # [B, 1, dim] each
         h, gqa = self.norm1(x)*(1 + s1), self.attn.q.weight.shape != self.attn.k.weight.shape
+        attend = F.scaled_dot_product_attention
         k, v = self.attn.keys_values(h)
-        y = F.scaled_dot_product_attention(self.attn.queries(h, rope), rotate(k, *rope), v, enable_gqa=gqa)
-        y = y + F.scaled_dot_product_attention(self.cross.queries(h, rope), *kv, enable_gqa=gqa)*self.gate.tanh()[:, None, None]
+        y = attend(self.attn.queries(h, rope), rotate(k, *rope), v, enable_gqa=gqa)
+        seen = attend(self.cross.queries(h, rope), *kv, attn_mask=mask, enable_gqa=gqa)
+        y = y + seen*self.gate.tanh()[:, None, None]
         x = x + g1.tanh()*self.norm2(self.out(y.transpose(1, 2).flatten(2)))
         return x + g2.tanh()*self.norm4(self.mlp(self.norm3(x)*(1 + s2)))
 
 # %% ../../nbs/2_network/03_nextdit.ipynb #736e11ac
 @dataclass
 class NextDiTConfig(Config):
-    "Sizes and conventions of a Lumina-Next transformer; raises `InputError` for values that do not go together"
+    "Sizes and conventions of a Lumina-Next transformer; raises `InputError` for what does not go together"
     target_size: int = 1792         # channels of the noisy tokens and of the answer
     cond_size: int = 3584           # channels of the conditioning tokens
     hidden_size: int = 1792
@@ -67,27 +80,29 @@ class NextDiTConfig(Config):
     project_cond: bool = True       # BLIP3-o: an MLP brings the conditioning to hidden_size first
     qk_norm: bool = True
     norm_eps: float = 1e-5
-    time: str = "blip3o"            # "lumina": the network's time is t; "blip3o": it is 1000(1-t), and the answer points to the noise
+    time: str = "blip3o"            # "lumina": it is t; "blip3o": it is 1000(1-t), answers point to the noise
     prediction_type, feature_scale = "velocity", 1. # what a learner asks of every configuration
 
     def __post_init__(self):
         check_types(self)
         self.check_positive(but=("project_cond", "qk_norm", "time"))
-        d, h, kv = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if d % h or d//h % 4: raise InputError(f"num_attention_heads {h} does not split hidden_size {d} into heads of a multiple of 4 channels: choose "
-                                               f"one of {', '.join(str(i) for i in range(1, min(d, 1024)+1) if d % (4*i) == 0) or 'none, with another hidden_size'}")
-        if h % kv: raise InputError(f"num_key_value_heads {kv} does not divide num_attention_heads {h}: choose a divisor")
-        if self.time not in ("lumina", "blip3o"): raise InputError(f"unknown time '{self.time}': choose lumina or blip3o")
-        if layout_of(self.num_tokens).has_cls: raise InputError(f"{self.num_tokens} tokens are a grid with CLS, a Lumina-Next transformer has places for a grid only: choose a square number")
+        check_heads(self)
+        if self.time not in ("lumina", "blip3o"):
+            raise InputError(f"unknown time '{self.time}': choose lumina or blip3o")
+        if not layout_of(self.num_tokens, 0).grid:
+            raise InputError(f"{self.num_tokens} tokens are no grid, and a Lumina-Next transformer has "
+                             "places for a grid only: choose a square number")
 
 # %% ../../nbs/2_network/03_nextdit.ipynb #805d6333
 class NextDiTCache(NamedTuple):
     "All that the network computes from the conditioning alone"
     pooled: torch.Tensor                         # `[B, width of the time]`, added to the time
-    kv: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values for each block, `[B, kv_heads, M, head_dim]`
+    kv: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values by block, `[B, kv_heads, M, head_dim]`
+    mask: torch.Tensor|None = None               # `[B, 1, 1, M]`, true where a token is there; None: all are
 
 def lumina_rope(c:NextDiTConfig): # [2, N, head_dim/2]
-    return torch.stack(rope_table(grid_positions(layout_of(c.num_tokens)) - 1, c.hidden_size//c.num_attention_heads, theta=10000.))
+    positions = grid_positions(layout_of(c.num_tokens, 0)) - 1
+    return torch.stack(rope_table(positions, c.hidden_size//c.num_attention_heads, theta=10000.))
 
 class NextDiT(Pretrained):
     "Lumina-Next's transformer over tokens, from noisy tokens, a time and conditioning tokens to a velocity"
@@ -96,55 +111,81 @@ class NextDiT(Pretrained):
         super().__init__()
         self.config, c, d = config, config, config.hidden_size
         m, w = d if c.project_cond else c.cond_size, min(d, 1024)
-        self.project = nn.Sequential(nn.Linear(c.cond_size, d), nn.GELU(approximate="tanh"), nn.Linear(d, d)) if c.project_cond else nn.Identity()
-        self.inp, self.pool = nn.Linear(c.target_size, d), nn.Sequential(nn.LayerNorm(m), nn.Linear(m, w))
+        self.project = nn.Identity()
+        if c.project_cond:
+            gelu = nn.GELU(approximate="tanh")
+            self.project = nn.Sequential(nn.Linear(c.cond_size, d), gelu, nn.Linear(d, d))
+        self.inp = nn.Linear(c.target_size, d)
+        self.pool = nn.Sequential(nn.LayerNorm(m), nn.Linear(m, w))
         self.time = nn.Sequential(nn.Linear(TIME_WIDTH, w), nn.SiLU(), nn.Linear(w, w))
-        self.blocks = nn.ModuleList(NextDiTBlock(d, c.num_attention_heads, c.num_key_value_heads, c.intermediate_size, m, c.qk_norm, c.norm_eps)
-                                    for _ in range(c.num_hidden_layers))
+        block = partial(NextDiTBlock, d, c.num_attention_heads, c.num_key_value_heads, c.intermediate_size, m)
+        self.blocks = nn.ModuleList(block(c.qk_norm, c.norm_eps) for _ in range(c.num_hidden_layers))
         self.ada, self.out = nn.Linear(w, d), nn.Linear(d, c.target_size)
         self.register_buffer("rope", lumina_rope(c), persistent=False)
 
-    def cond_cache(self,
-        cond:torch.Tensor # `[B, M, cond_size]`
-    ) -> NextDiTCache:
-        "Project the conditioning for all blocks; a sampler does it once and passes the result in place of `cond`"
-        if getattr(cond, "ndim", 0) != 3 or cond.shape[-1] != self.config.cond_size:
-            have = list(cond.shape) if torch.is_tensor(cond) else cond
-            raise InputError(f"cond is {have}: this network takes [B, M, {self.config.cond_size}]")
-        cond = self.project(cond)
-        return NextDiTCache(self.pool(cond.mean(1)), [b.cross.keys_values(b.cond_norm(cond)) for b in self.blocks])
-
     def forward(self,
-        xt,  # noisy tokens `[B, N, target_size]`
-        t,   # `[B]` or one for all, 0 is noise, 1 is data
-        cond # `[B, M, cond_size]`, or what `cond_cache` made of it
+        xt,   # noisy tokens `[B, N, target_size]`
+        t,    # `[B]` or one for all, 0 is noise, 1 is data
+        cond, # `[B, M, cond_size]`, or what `cond_cache` made of it
+        cond_mask=None # `[B, M]` of bool, true where a conditioning token is there; default: all are
     ): # velocity from noise to data `[B, N, target_size]`
         c, blip3o = self.config, self.config.time == "blip3o"
         if xt.ndim != 3 or xt.shape[1:] != (c.num_tokens, c.target_size):
             raise InputError(f"xt is {list(xt.shape)}: this network takes "
                              f"[B, {c.num_tokens}, {c.target_size}]")
         t = t.float().expand(len(xt))
-        if not isinstance(cond, NextDiTCache): cond = self.cond_cache(cond)
-        temb = self.time(time_embedding(1000*(1 - t) if blip3o else t, scale=1.).to(self.inp.weight.dtype)) + cond.pooled
-        x = self.through_blocks(self.inp(xt), temb, cond.kv)
+        if not isinstance(cond, NextDiTCache): cond = self.cond_cache(cond, cond_mask)
+        elif cond_mask is not None:
+            raise InputError("cond_mask comes too late for a cache: give it to cond_cache")
+        theirs = time_embedding(1000*(1 - t) if blip3o else t, scale=1.)
+        temb = self.time(theirs.to(self.inp.weight.dtype)) + cond.pooled
+        x = self.through_blocks(self.inp(xt), temb, cond.kv, cond.mask)
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6)*(1 + self.ada(F.silu(temb)))[:, None]
         return self.answer(self.out(x)*(-1 if blip3o else 1))
 
+# %% ../../nbs/2_network/03_nextdit.ipynb #e8ac303a
+@patch
+def cond_cache(self:NextDiT,
+    cond:torch.Tensor, # `[B, M, cond_size]`
+    cond_mask:torch.Tensor|None=None # `[B, M]` of bool, true where a token is there; default: all are
+) -> NextDiTCache:
+    "Project the conditioning for all blocks; a sampler does it once and passes the result in place of `cond`"
+    if getattr(cond, "ndim", 0) != 3 or cond.shape[-1] != self.config.cond_size:
+        have = list(cond.shape) if torch.is_tensor(cond) else cond
+        raise InputError(f"cond is {have}: this network takes [B, M, {self.config.cond_size}]")
+    mask = None
+    if cond_mask is not None:
+        cond, mask = without_padding(cond, cond_mask)
+    cond = self.project(cond)
+    if mask is None: mean = cond.mean(1)
+    else:
+        mean = (cond*mask[..., None]).sum(1)/mask.sum(1, keepdim=True)
+        mask = mask[:, None, None]
+    return NextDiTCache(self.pool(mean), [b.cross.keys_values(b.cond_norm(cond)) for b in self.blocks], mask)
+
+NETWORKS["NextDiT"] = NextDiT
+
 # %% ../../nbs/2_network/03_nextdit.ipynb #13a4801c
 def to_halves(
-    x:torch.Tensor, # rows of a query or key projection, or a gain or shift of its norm `[heads*head_dim, ...]`
+    x:torch.Tensor, # rows of a query or key projection, or gain or shift of its norm `[heads*head_dim, ...]`
     head_dim:int
 ) -> torch.Tensor: # same shape
     "Reorder channels within each head from (pair, axis, member) to (member, axis, pair)"
     return x.unflatten(0, (-1, head_dim//4, 2, 2)).transpose(1, 3).flatten(0, 3)
 
 # %% ../../nbs/2_network/03_nextdit.ipynb #6c8626ea
-RENAMED = {"patch_embedder.proj": "inp", "time_caption_embed.timestep_embedder.linear_1": "time.0", "time_caption_embed.timestep_embedder.linear_2": "time.2",
-           "time_caption_embed.caption_embedder": "pool", "caption_projection.linear_1": "project.0", "caption_projection.linear_2": "project.2",
-           "norm_out.linear_1": "ada", "norm_out.linear_2": "out", "layers.": "blocks.", ".norm1.norm.": ".norm1.", ".norm1.linear.": ".ada.",
-           ".ffn_norm1.": ".norm3.", ".ffn_norm2.": ".norm4.", ".norm1_context.": ".cond_norm.", ".attn2.to_out.0.": ".out.",
-           ".feed_forward.linear_1.": ".mlp.w12.", ".feed_forward.linear_2.": ".mlp.w3.", ".attn1.": ".attn.", ".attn2.": ".cross.",
-           ".to_q.": ".q.", ".to_k.": ".k.", ".to_v.": ".v.", ".norm_q.": ".q_norm.", ".norm_k.": ".k_norm."}
+RENAMED = {
+    "patch_embedder.proj": "inp", "layers.": "blocks.",
+    "norm_out.linear_1": "ada", "norm_out.linear_2": "out",
+    "time_caption_embed.timestep_embedder.linear_1": "time.0",
+    "time_caption_embed.timestep_embedder.linear_2": "time.2",
+    "time_caption_embed.caption_embedder": "pool",
+    "caption_projection.linear_1": "project.0", "caption_projection.linear_2": "project.2",
+    ".norm1.norm.": ".norm1.", ".norm1.linear.": ".ada.", ".ffn_norm1.": ".norm3.", ".ffn_norm2.": ".norm4.",
+    ".norm1_context.": ".cond_norm.", ".attn2.to_out.0.": ".out.",
+    ".feed_forward.linear_1.": ".mlp.w12.", ".feed_forward.linear_2.": ".mlp.w3.",
+    ".attn1.": ".attn.", ".attn2.": ".cross.",
+    ".to_q.": ".q.", ".to_k.": ".k.", ".to_v.": ".v.", ".norm_q.": ".q_norm.", ".norm_k.": ".k_norm."}
 
 def rename_lumina(
     state:dict,  # as diffusers' model names and orders it
@@ -154,36 +195,45 @@ def rename_lumina(
     "Names and channel order of diffusers to those of `NextDiT`"
     out, channels = {}, state["patch_embedder.proj.weight"].shape[1]//patch_size**2
     for name, x in state.items():
-        if name == "pad_token" or ".linear_3." in name: continue             # never used there; taken along with linear_1
+        if name == "pad_token" or ".linear_3." in name: continue # not used there; taken with linear_1
         if ".feed_forward.linear_1." in name: x = torch.cat([x, state[name.replace("linear_1", "linear_3")]])
-        if name.startswith("norm_out.linear_2."): x = x.unflatten(0, (patch_size, patch_size, -1))[:, :, :channels].movedim(2, 0).flatten(0, 2)
+        if name.startswith("norm_out.linear_2."):
+            x = x.unflatten(0, (patch_size, patch_size, -1))[:, :, :channels].movedim(2, 0).flatten(0, 2)
         if any(f".{n}." in name for n in ("to_q", "to_k", "norm_q", "norm_k")): x = to_halves(x, head_dim)
         for theirs, ours in RENAMED.items(): name = name.replace(theirs, ours)
         out[name] = x
     return out
 
 # %% ../../nbs/2_network/03_nextdit.ipynb #b04c6ee9
-IN_SHAPES = {"in_channels", "hidden_size", "num_layers", "num_attention_heads", "num_kv_heads", "multiple_of", "ffn_dim_multiplier", "learn_sigma", "qk_norm",
-             "cross_attention_dim", "scaling_factor"} # of diffusers' configuration
+IN_SHAPES = {"in_channels", "hidden_size", "num_layers", "num_attention_heads", "num_kv_heads", "multiple_of",
+             "ffn_dim_multiplier", "learn_sigma", "qk_norm", "cross_attention_dim",
+             "scaling_factor"} # of diffusers' configuration
 
 def lumina_config(
     shapes:dict, # name -> shape, as diffusers names the weights
     **known      # options that are not in the weights
 ) -> NextDiTConfig:
     "Sizes from shapes"
-    first = lambda name: shapes[f"layers.0.{name}"]
-    (d, n), h, project = shapes["patch_embedder.proj.weight"], first("gate")[0], "caption_projection.linear_1.weight" in shapes
-    return NextDiTConfig(**{**dict(target_size=n, hidden_size=d, num_hidden_layers=len({k.split(".")[1] for k in shapes if k.startswith("layers.")}),
-        num_attention_heads=h, num_key_value_heads=first("attn1.to_k.weight")[0]*h//d, intermediate_size=first("feed_forward.linear_1.weight")[0],
-        cond_size=(shapes["caption_projection.linear_1.weight"] if project else first("attn2.to_k.weight"))[1], project_cond=project,
-        qk_norm="layers.0.attn1.norm_q.weight" in shapes, time="blip3o" if project else "lumina"), **known})
+    def first(name): return shapes[f"layers.0.{name}"]
+    (d, n), h = shapes["patch_embedder.proj.weight"], first("gate")[0]
+    project = "caption_projection.linear_1.weight" in shapes
+    cond = shapes["caption_projection.linear_1.weight"] if project else first("attn2.to_k.weight")
+    layers = {k.split(".")[1] for k in shapes if k.startswith("layers.")}
+    sizes = dict(target_size=n, cond_size=cond[1], hidden_size=d, num_hidden_layers=len(layers),
+                 num_attention_heads=h, num_key_value_heads=first("attn1.to_k.weight")[0]*h//d,
+                 intermediate_size=first("feed_forward.linear_1.weight")[0], project_cond=project,
+                 qk_norm="layers.0.attn1.norm_q.weight" in shapes, time="blip3o" if project else "lumina")
+    return NextDiTConfig(**{**sizes, **known})
 
 # %% ../../nbs/2_network/03_nextdit.ipynb #56b229d1
 def _prefix(keys, source):
     "What stands before the names of the transformer's weights"
     mark = "patch_embedder.proj.weight"
     found = [k.removesuffix(mark) for k in keys if k.endswith(mark)]
-    if len(found) != 1: raise InputError(f"{'the state dict' if isinstance(source, dict) else source} holds {len(found)} Lumina-Next transformers (names that end in {mark}): give the weights of one")
+    if len(found) != 1:
+        where = "the state dict" if isinstance(source, dict) else source
+        raise InputError(f"{where} holds {len(found)} Lumina-Next transformers (names that end in {mark}): "
+                         "give the weights of one")
     return found[0]
 
 def _files(path):
@@ -207,43 +257,67 @@ def read_lumina(
 ) -> dict: # the transformer's tensors; nothing else is read from the files
     "Find the transformer among the weights of a larger model; raises `InputError` where files do not fit"
     files, where = _files(path), {}
-    if not files or not files[0].is_file(): raise InputError(f"no .safetensors file at {path}: check the path")
+    if not files or not files[0].is_file():
+        raise InputError(f"no .safetensors file at {path}: check the path")
     try:
         for f in (safe_open(f, "pt") for f in files):
-            if twice := where.keys() & set(f.keys()):
+            twice = where.keys() & set(f.keys())
+            if twice:
                 raise InputError(f"{min(twice)} is in two files of {path}: take out those of another model")
             where.update(dict.fromkeys(f.keys(), f))
         prefix = _prefix(where, path)
         return {k: f.get_tensor(k) for k, f in where.items() if k.startswith(prefix)}
-    except (OSError, SafetensorError) as e: raise InputError(f"cannot read {path}: {e}; copy it again") from e
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"cannot read {path}: {e}; copy it again") from e
 
 # %% ../../nbs/2_network/03_nextdit.ipynb #e6bda75d
+def _patches(width, patch_size, sample_size, num_tokens): # -> patch_size, num_tokens
+    "What a patch is, and how many there are; raises `InputError` for a width that is no patches"
+    if patch_size is None: patch_size = 2 if width == 16 else 1
+    if width % patch_size**2:
+        raise InputError(f"tokens of {width} channels are no patches of side {patch_size}: give patch_size=1")
+    if num_tokens is None: num_tokens = (sample_size//patch_size)**2 if sample_size else 64
+    return patch_size, num_tokens
+
 @patch(cls_method=True)
 def from_lumina(cls:NextDiT,
     weights:dict|str|Path,  # state dict, or a `.safetensors` file, or a folder of such files
     num_tokens:int|None=None, # default: 64, or what `sample_size` and `patch_size` make
     time:str|None=None,       # default: "blip3o" where the conditioning is projected, else "lumina"
-    patch_size:int|None=None, # pixels along the side of a token, which is a patch `[channel, row, column]`; default: 2 for tokens of 16 channels, as Lumina-Next's own are, else 1
-    sample_size:int|None=None,# pixels along the side of a picture
+    patch_size:int|None=None, # pixels a side of a token, a patch `[channel, row, column]`; default: see below
+    sample_size:int|None=None,# pixels along the side of an image
     norm_eps:float=1e-5,
     **config                  # other names of diffusers' configuration, which the shapes tell as well
 ) -> NextDiT:
-    "A network with the weights of Lumina-Next or of BLIP3-o's decoder, found under whatever prefix; raises `InputError` where there are none or they do not fit"
+    "A network with weights of Lumina-Next or of BLIP3-o's decoder; raises `InputError` where they do not fit"
     state = weights if isinstance(weights, dict) else read_lumina(Path(weights))
     prefix = _prefix(state, weights)
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    if unknown := sorted(k for k in set(config) - IN_SHAPES if not k.startswith("_")): raise InputError(f"no option {', '.join(unknown)}: known are num_tokens, time, patch_size, sample_size and norm_eps")
+    unknown = sorted(k for k in set(config) - IN_SHAPES if not k.startswith("_"))
+    if unknown:
+        raise InputError(f"no option {', '.join(unknown)}: known are num_tokens, time, patch_size, "
+                         "sample_size and norm_eps")
     first = state["patch_embedder.proj.weight"]
     if first.ndim != 2: raise InputError(f"patch_embedder.proj.weight is {list(first.shape)}: give a matrix")
-    width = first.shape[1]
-    if patch_size is None: patch_size = 2 if width == 16 else 1
-    if width % patch_size**2: raise InputError(f"tokens of {width} channels are no patches of side {patch_size}: give patch_size=1")
-    if num_tokens is None: num_tokens = (sample_size//patch_size)**2 if sample_size else 64
+    patch_size, num_tokens = _patches(first.shape[1], patch_size, sample_size, num_tokens)
+    known = dict(num_tokens=num_tokens, norm_eps=norm_eps, **({"time": time} if time else {}))
     try:
-        config = lumina_config({k: v.shape for k, v in state.items()}, num_tokens=num_tokens, norm_eps=norm_eps, **({"time": time} if time else {}))
-        with torch.device("meta"): net = cls(config)
-        net.rope = lumina_rope(config)
-        net.load_state_dict(rename_lumina(state, config.hidden_size//config.num_attention_heads, patch_size), assign=True)
-    except KeyError as e: raise InputError(f"these weights are no whole Lumina-Next transformer: {e} is missing; give all of its files") from e
-    except RuntimeError as e: raise InputError(f"these weights are no whole Lumina-Next transformer: {' '.join(str(e).split())[:200]}; give all of its files") from e
+        c = lumina_config({k: v.shape for k, v in state.items()}, **known)
+        with torch.device("meta"): net = cls(c)
+        net.rope = lumina_rope(c)
+        renamed = rename_lumina(state, c.hidden_size//c.num_attention_heads, patch_size)
+        net.load_state_dict(renamed, assign=True)
+    except (KeyError, RuntimeError) as e:
+        why = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
+        raise InputError(f"these weights are no whole Lumina-Next transformer: {why}; give all of its "
+                         "files") from e
     return net.eval()
+
+# %% ../../nbs/2_network/03_nextdit.ipynb #b1ed0f0f
+@patch(cls_method=True)
+def from_nextdit(cls:BLIP3oDiT,
+    weights, # state dict, `.safetensors` file or folder
+    **known  # what is not in the weights
+) -> NextDiT:
+    "A `NextDiT` with the weights of BLIP3-o's decoder or of Lumina-Next: see `NextDiT.from_lumina`"
+    return NextDiT.from_lumina(weights, **known)
