@@ -6,8 +6,9 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/4_training/learner.html.md"""
 
 # %% auto #0
 __all__ = ['INSTEAD', 'ONCE', 'FlowCallback', 'ConditioningDropout', 'RegressionCallback', 'NaNGuard', 'RecordCallback',
-           'ProgressBar', 'check_callback', 'FlowLearner', 'flow_learner', 'BatchAccumulation', 'flow_loss',
-           'noise_size', 'task_path', 'check_learner', 'check_features']
+           'ProgressBar', 'seeded_noise', 'encoded_shape', 'generate_tokens', 'regress', 'check_conditioning',
+           'check_callback', 'FlowLearner', 'flow_learner', 'BatchAccumulation', 'flow_loss', 'noise_size', 'task_path',
+           'check_learner', 'check_features']
 
 # %% ../../nbs/4_training/02_learner.ipynb #5b8cfe15
 import warnings
@@ -27,8 +28,10 @@ from fastcore.foundation import L
 from tqdm.auto import tqdm
 from ..files import InputError
 from ..core import Task, get_task, named_generator
+from ..options import FlowOptions
 from ..network.dit import BLIP3oDiT
 from ..flow.losses import BLIP3oFlowMatchingLoss, cls_weights
+from ..flow.samplers import cast, evaluating, network_dtype, sample
 from ..flow.paths import LinearPath, PathSample, SlerpPath, make_path, noise_band, sample_times
 from ..features.loading import Normalizer
 from ..viz import show_tokens
@@ -187,6 +190,69 @@ class ProgressBar(Callback):
         if self.bar is not None: self.bar.close()
         self.bar = None
     restore_fit = after_fit
+
+# %% ../../nbs/4_training/02_learner.ipynb #36d14cc0
+def seeded_noise(
+    path,              # that the noise is of
+    shape:tuple,       # (N, D) of an image's encoded tokens
+    n:int,             # images
+    seed:int=0,
+    first:int=0        # number of the first image
+) -> torch.Tensor: # `[n, N, D]`, on the CPU
+    "Noise that depends on the seed and the number of each image only"
+    return torch.cat([path.noise((1, *shape), named_generator(seed, first + i)) for i in range(n)])
+
+def encoded_shape(model, norm:Normalizer) -> tuple: # (N, D)
+    "Shape of an image's encoded tokens; raises `InputError` where neither normalisation nor network knows it"
+    c = getattr(model, "config", None)
+    shape = norm.encoded_shape or (getattr(c, "num_tokens", None), getattr(c, "target_size", None))
+    if None in shape:
+        raise InputError("how many tokens of which width are to be generated is not known: "
+                         "give the target's Normalizer its stats or its shape")
+    return shape
+
+# %% ../../nbs/4_training/02_learner.ipynb #87d43281
+@torch.inference_mode()
+def generate_tokens(
+    model,                  # a network, `model(xt, t, cond)`
+    cond:torch.Tensor,      # conditioning tokens `[B, M, C]`, as they were extracted
+    target_norm:Normalizer, cond_norm:Normalizer,
+    path=LinearPath(),      # the path it was trained on
+    objective:str=FlowOptions.objective, # "regression": one evaluation at `xt = 0`, `t = 0`
+    seed:int=0,
+    first:int=0,            # number of the first image, where these are a part of more
+    bs:int=128,             # images at a time
+    method:str=FlowOptions.method, steps:int=FlowOptions.steps, # the solver, and how many steps
+    progress:bool=False,
+    **options               # of `sample`, for example `guidance_scale`
+) -> torch.Tensor: # target tokens `[B, N, D]` float32, on the CPU
+    "Target tokens for each conditioning; raises `InputError` for conditioning of another shape"
+    if bs < 1: raise InputError(f"bs is {bs}: choose at least 1")
+    check_conditioning(cond, cond_norm)
+    shape, out, at = encoded_shape(model, target_norm), [], first
+    for c in tqdm(cond.float().split(bs), "sample", disable=not progress, unit="batch"):
+        c = cond_norm.encode(c.to(_device(model, c)))
+        x0 = seeded_noise(path, shape, len(c), seed, at).to(c.device)
+        if objective == "regression": y = regress(model, x0, c)
+        else: y = sample(model, c, path=path, x0=x0, method=method, steps=steps, **options)
+        out.append(target_norm.decode(y.float()).cpu())
+        at += len(c)
+    return torch.cat(out)
+
+def regress(model, x0, c):
+    "The answer of a network that was trained without a flow: one evaluation at `xt = 0`, `t = 0`"
+    own = network_dtype(model)
+    with evaluating(model): return model(cast(torch.zeros_like(x0), own), x0.new_zeros(len(c)), cast(c, own))
+
+def check_conditioning(cond, norm):
+    "Raise `InputError` for conditioning that is empty, or of another shape than that of the training"
+    if not len(cond): raise InputError("there are no images to generate from: give at least one")
+    want = ["B", *(norm.shape or ("M", "C"))]
+    if cond.ndim != 3 or norm.shape and tuple(cond.shape[1:]) != tuple(norm.shape):
+        raise InputError(f"conditioning is {list(cond.shape)}, the model takes [{', '.join(map(str, want))}]: "
+                         "extract it with the encoder of the training")
+
+def _device(model, x): return next(model.parameters(), x).device
 
 # %% ../../nbs/4_training/02_learner.ipynb #0439d8fb
 _MIXED = "leave it out, a mixture of two images' tokens is no image's tokens"
