@@ -597,6 +597,6 @@ def check_features(model, norms, path, task):
         if have is not None and have != want:
             raise InputError(f"the model's {words.get(name, name)} is {have}, the features have {want}: "
                              f"build the model with {want}")
-    if getattr(path, "geometry", "flat") == "sphere" and norms[0].mode not in ("l2", "sphere"):
+    if path.geometry == "sphere" and norms[0].mode not in ("l2", "sphere"):
         raise InputError(f"a spherical path needs targets on the sphere, task '{task.name}' has "
                          f"target_norm '{norms[0].mode}': use l2 or sphere")

@@ -166,7 +166,7 @@ def gradients(self:MonitorCallback) -> dict:
 def norm_ratio(self:MonitorCallback) -> float:
     "Length of the answer over that of its target"
     loss, s = self.learn.loss_func, self.yb[0]
-    if getattr(self.flow.path, "geometry", "flat") == "sphere": return float("nan")
+    if self.flow.path.geometry == "sphere": return float("nan")
     truth = {"velocity": s.v, "epsilon": s.x0, "sample": s.x1}[loss.prediction_type]
     return rms(loss.answer(self.pred))/max(rms(truth), 1e-12)
 
