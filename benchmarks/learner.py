@@ -31,7 +31,7 @@ class Pair(Callback):
     order = 99
     def __init__(self, bare): self.bare, self.rows, self.first, self.last, self.shared = bare, [], Stamp(-100), Stamp(98), 0.
     def before_fit(self):
-        for cb, event in ((self.flow, "before_batch"), (self.clip, "before_step")): setattr(cb, event, self.counted(type(cb), cb, event))
+        for cb, event in ((self.flow, "before_batch"), (self.grad_clip, "before_step")): setattr(cb, event, self.counted(type(cb), cb, event))
     def counted(self, cls, cb, event): # a bare loop makes its batch and clips, too
         def f():
             begun = now(); getattr(cls, event)(cb); self.shared += now() - begun

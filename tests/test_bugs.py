@@ -37,7 +37,8 @@ def learner(features, bs=16, cbs=(), **kw):
     seed_everything(0)
     net = BLIP3oDiT(BLIP3oDiTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_tokens=17, clip_embedding_size=32,
                                     eva_embedding_size=48, prediction_type="velocity"))
-    return flow_learner(feature_dls(features, bs=bs, max_samples=64, device="cpu"), net, precision="fp32", progress=False, cbs=cbs, **kw)
+    return flow_learner(feature_dls(features, bs=bs, max_samples=64, device="cpu"), net, precision="fp32",
+                        path=LinearPath(), progress=False, cbs=cbs, **kw)
 
 def batches(features, epochs=1):
     "What the network is given and what the loss compares with, batch by batch: `[(xt, t), PathSample]`"

@@ -6,14 +6,15 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/7_runs/distributed.html.md"""
 
 # %% auto #0
 __all__ = ['Elsewhere', 'processes', 'everyone', 'together', 'Agreement', 'fsdp_copy', 'Sharded', 'DistributedCallback',
-           'whole_average', 'full_state', 'load_full_state']
+           'move_opt', 'whole_average', 'full_state', 'load_full_state']
 
 # %% ../../nbs/7_runs/01_distributed.ipynb #83dc5256
 import copy, os, re, sys
 from contextlib import contextmanager
 from datetime import timedelta
 import torch, torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -25,6 +26,7 @@ from ..training.learner import NaNGuard, ProgressBar
 from ..training.optimisation import EMACallback
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastcore.basics import patch
 from fastai.torch_core import get_model
 
 # %% ../../nbs/7_runs/01_distributed.ipynb #fccc431b
@@ -36,21 +38,44 @@ def processes(
     device=None,       # default: CUDA where there is one
     timeout:float=1800 # seconds to wait for one that does not answer
 ): # the device of this process
-    "Join the processes that `torchrun` or `accelerate launch` started, and leave them at the end; alone, do nothing. Raises `InputError` for an environment in which they cannot meet, and where one of them is lost"
-    (rank, world), device, local = ranks(), default_device(device), int(os.environ.get("LOCAL_RANK", 0))
-    if device.type == "cuda" and world > 1:
-        if local >= (n := torch.cuda.device_count()): raise InputError(f"process {local} of this machine has no GPU of its own, there are {n}: start {n} processes a machine, or choose device cpu")
-        device = torch.device("cuda", local); torch.cuda.set_device(device)
-    if world == 1 or dist.is_initialized(): yield device; return
-    if missing := [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in os.environ]: raise InputError(f"WORLD_SIZE is {world} and {missing[0]} is not set: start with torchrun or accelerate launch")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+    "Join the processes that `torchrun` or `accelerate launch` started, and leave them at the end"
+    device, joined = default_device(device), dist.is_initialized()
+    if ranks()[1] > 1 and device.type == "cuda": device = _own_gpu()
+    if ranks()[1] == 1 or joined:
+        yield device
+        return
+    _join(device, timeout)
     try: yield device
     except Elsewhere: sys.exit(2)
     except RuntimeError as e:
+        said = " ".join(str(e).split())[:150]
         if not re.search("gloo|nccl|timed? ?out|connection (closed|reset|refused)", str(e), re.I): raise
-        raise InputError(f"another process of this run does not answer ({' '.join(str(e).split())[:150]}): see what it said last, then start the same command again; states that are written are whole") from ConnectionError(str(e))
+        raise InputError(f"another process of this run does not answer ({said}): see what it said last, then "
+                         "start the same command again; states that are written are whole"
+                         ) from ConnectionError(str(e))
     dist.destroy_process_group()
 
+# %% ../../nbs/7_runs/01_distributed.ipynb #40b6266f
+def _own_gpu():
+    "The GPU of this process; raises `InputError` where there is none for it"
+    local, n = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= n:
+        raise InputError(f"process {local} of this machine has no GPU of its own, there are {n}: "
+                         f"start {n} processes a machine, or choose device cpu")
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
+
+def _join(device, timeout):
+    "Raises `InputError` for an environment in which processes cannot meet"
+    missing = [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+    if missing:
+        raise InputError(f"WORLD_SIZE is {ranks()[1]} and {missing[0]} is not set: "
+                         "start with torchrun or accelerate launch")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+# %% ../../nbs/7_runs/01_distributed.ipynb #c655d86b
 def everyone(value) -> list:
     "What each process has for `value`, in the order of their ranks; all of them call it"
     if not dist.is_initialized(): return [value]
@@ -60,7 +85,7 @@ def everyone(value) -> list:
 
 @contextmanager
 def together():
-    "All processes leave this block well, or all with the `InputError` of the first that has one; what stands in it must not wait for other processes"
+    "All leave this block well, or with the first `InputError`; in it nobody may wait for other processes"
     error = None
     try: yield
     except InputError as e: error = e
@@ -70,7 +95,7 @@ def together():
 
 # %% ../../nbs/7_runs/01_distributed.ipynb #5f85fa85
 class Agreement(Callback):
-    "The loss of a step is the mean over the processes; where it or the norm of the gradient is not finite, `NaNGuard` stops all of them with one line"
+    "The loss of a step is the mean over the processes; `NaNGuard` stops all of them with one line"
     order, run_valid = 11.5, False # between `ClipCallback` and `NaNGuard`
     def after_loss(self):
         own = self.loss.detach()
@@ -89,20 +114,28 @@ class Agreement(Callback):
 
 # %% ../../nbs/7_runs/01_distributed.ipynb #2b1568d3
 def fsdp_copy(model:torch.nn.Module, mesh) -> torch.nn.Module:
-    "A copy of which each process of `mesh` holds a share, gathered block by block as it runs; `model` keeps its own values"
-    compiled = model._compiled_call_impl is not None                         # which a copy forgets
+    "A copy of which each process of `mesh` holds a share, gathered block by block; `model` keeps its values"
+    compiled = model._compiled_call_impl is not None                     # which a copy forgets
     model = copy.deepcopy(model, {id(p): p for p in model.parameters()}) # of the modules alone
-    for block in [b for m in model.modules() if isinstance(m, torch.nn.ModuleList) for b in m if hasattr(b, "mlp")]:
-        cross = getattr(block, "cross", None)                            # what makes keys and values runs before the block does
-        parts = [m for m in (getattr(block, "cond_norm", None), *(getattr(cross, n, None) for n in ("kv", "k", "v", "k_norm"))) if m is not None and list(m.parameters())]
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    for block in [b for blocks in lists for b in blocks if hasattr(b, "mlp")]:
+        parts = _before_block(block)
         if parts: fully_shard(parts, mesh=mesh)
         if compiled: block.compile()
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
+def _before_block(block):
+    "What makes keys and values of the conditioning, which runs before the block does"
+    cross = getattr(block, "cross", None)
+    parts = [getattr(cross, n, None) for n in ("kv", "k", "v", "k_norm")]
+    return [m for m in (getattr(block, "cond_norm", None), *parts) if m is not None and list(m.parameters())]
+
 class Sharded:
-    "A network of which this process holds a share, and the same network whole, which is empty until it is filled"
-    def __init__(self, whole:torch.nn.Module, mesh): self.whole, self.module = whole, fsdp_copy(whole, mesh); self.empty()
+    "A network of which this process holds a share, and the same network whole, empty until it is filled"
+    def __init__(self, whole:torch.nn.Module, mesh):
+        self.whole, self.module = whole, fsdp_copy(whole, mesh)
+        self.empty()
     def pairs(self): return zip(self.whole.parameters(), self.module.parameters())
     def empty(self):
         for p in self.whole.parameters(): p.data = p.data.new_empty(0)
@@ -116,92 +149,128 @@ class DistributedCallback(Callback):
     order, active, opened = 25, False, None
     def __init__(self,
         strategy:str="ddp", # "ddp", each process holds the network, or "fsdp", each holds a share of it
-        unused:bool=False   # ddp only: a step may leave some parameters without a gradient, which costs a walk through the graph
+        unused:bool=False   # ddp only: a step may leave parameters without a gradient, which costs time
     ):
-        if strategy not in ("ddp", "fsdp"): raise InputError(f"unknown strategy '{strategy}': choose ddp or fsdp")
+        if strategy not in ("ddp", "fsdp"):
+            raise InputError(f"unknown strategy '{strategy}': choose ddp or fsdp")
         self.strategy, self.unused = strategy, unused
     def before_fit(self):
         (rank, world), learn = ranks(), self.learn
         if world == 1: return
-        if not dist.is_initialized(): raise InputError(f"this is process {rank} of {world}, which have not joined: train inside `with processes():`")
+        if not dist.is_initialized():
+            raise InputError(f"this is process {rank} of {world}, which have not joined: "
+                             "train inside `with processes():`")
         self.check()
         for cb in learn.cbs:
             if isinstance(cb, ProgressBar): cb.show = cb.show and rank == 0
         ema = getattr(learn, "ema_model", None)
-        for p in (*learn.model.parameters(), *(ema.module.parameters() if ema else ())): dist.broadcast(p.detach(), 0)
+        averaged = ema.module.parameters() if ema else ()
+        for p in (*learn.model.parameters(), *averaged): dist.broadcast(p.detach(), 0)
         self.agreement, self.active = Agreement(), True
         learn.add_cb(self.agreement)
         if self.strategy == "fsdp": return self.shard()
         learn.model = DistributedDataParallel(learn.model, find_unused_parameters=self.unused)
         learn.model.broadcast_buffers = False # they are tables, the same everywhere
-    def check(self):
-        "Raise `InputError` in all processes where they were started unlike"
-        for what, mine in (("batches of an epoch", len(self.dls.train)), ("samples of a batch", self.dls.bs), ("epochs", self.n_epoch),
-                           ("shapes of the parameters", [tuple(p.shape) for p in self.model.parameters()])):
-            with together(): # the gathering is common to all, the error too
-                them = everyone(mine)
-                if any(v != mine for v in them):
-                    raise InputError(f"the processes differ in the {what}{f' ({them})' if isinstance(mine, int) else ''}: start all with the same options and data")
-    def shard(self):
-        learn, ema = self.learn, getattr(self.learn, "ema_model", None)
-        mesh = init_device_mesh(next(learn.model.parameters()).device.type, (dist.get_world_size(),))
-        self.live, self.whole_opt = Sharded(learn.model, mesh), learn.opt
-        self.mean = Sharded(ema.module, mesh) if ema else None
-        learn.model = self.live.module
-        if ema: ema.module = self.mean.module
-        learn.create_opt()
-        self.move_opt(self.whole_opt.opt, learn.opt.opt, self.live.pairs(), lambda v, q: distribute_tensor(v, q.device_mesh, q.placements))
-    def move_opt(self, a, b, pairs, to):
-        "Hyperparameters and state of one optimiser into another, parameter by parameter"
-        for old, new in zip(a.param_groups, b.param_groups): new.update({k: v for k, v in old.items() if k != "params"})
-        for p, q in pairs:
-            if p in a.state: b.state[q] = {k: v if v.ndim == 0 else to(v, q) for k, v in a.state.pop(p).items()}
     def before_batch(self):
         if not (self.active and self.training): return
         acc = getattr(self.learn, "gradient_accumulation", None)
         last = acc is None or acc.count + 1 >= acc.n_acc
         if self.strategy == "fsdp": self.model.set_requires_gradient_sync(last)
         else: self.model.require_backward_grad_sync = last # what DDP's `no_sync` sets
-    @contextmanager
-    def gathered(self):
-        "The whole network that is validated, in every process; with FSDP only for as long as the block lasts"
-        learn, ema = self.learn, getattr(self.learn, "ema_model", None)
-        if not (self.active and self.strategy == "fsdp"):
-            yield learn.judged_model
-            return
-        part = self.mean or self.live
-        whole = part.fill().eval()
-        if ema: ema.module = whole
-        try: yield whole
-        finally:
-            part.empty()
-            if ema: ema.module = part.module
-    def before_validate(self):
-        if not (self.active and self.strategy == "fsdp"): return
-        self.opened = self.gathered()
-        self.learn.model = self.opened.__enter__()
-    def after_validate(self): # where there is an average, `EMACallback` has put the trained network back
-        if not (self.active and self.strategy == "fsdp" and self.opened): return
-        self.opened.__exit__(None, None, None)
-        self.learn.model, self.opened = self.live.module, None
-    restore_validate = after_validate
-    def after_fit(self):
-        if not self.active: return
-        learn = self.learn
-        self.leave()
-        if self.strategy == "ddp": return
-        self.move_opt(learn.opt.opt, self.whole_opt.opt, ((q, p) for p, q in self.live.pairs()), lambda v, p: v.full_tensor())
-        learn.opt, learn.model = self.whole_opt, self.live.fill()
-        if self.mean: learn.ema_model.module = self.mean.fill()
-        learn.opt.zero_grad()
-        self.live = self.mean = None
-    def leave(self):
-        "What this process can put back alone; with FSDP the weights stay in shares"
-        if not self.active: return
-        self.active = False
-        self.learn.remove_cb(self.agreement)
-        if self.strategy == "ddp": self.learn.model = get_model(self.learn.model)
-    restore_fit = leave # after an error the other processes may not answer
+
+# %% ../../nbs/7_runs/01_distributed.ipynb #e869fea8
+@patch
+def check(self:DistributedCallback):
+    "Raise `InputError` in all processes where they were started unlike"
+    shapes = [tuple(p.shape) for p in self.model.parameters()]
+    alike = {"batches of an epoch": len(self.dls.train), "samples of a batch": self.dls.bs,
+             "epochs": self.n_epoch, "shapes of the parameters": shapes}
+    for what, mine in alike.items():
+        with together(): # the gathering is common to all, the error too
+            them = everyone(mine)
+            values = f" ({them})" if isinstance(mine, int) else ""
+            if any(v != mine for v in them):
+                raise InputError(f"the processes differ in the {what}{values}: "
+                                 "start all with the same options and data")
+
+# %% ../../nbs/7_runs/01_distributed.ipynb #393bb389
+@patch
+def shard(self:DistributedCallback):
+    "Put shares in the place of network, average and optimiser"
+    learn, ema = self.learn, getattr(self.learn, "ema_model", None)
+    mesh = init_device_mesh(next(learn.model.parameters()).device.type, (dist.get_world_size(),))
+    self.live, self.whole_opt = Sharded(learn.model, mesh), learn.opt
+    self.mean = Sharded(ema.module, mesh) if ema else None
+    learn.model = self.live.module
+    if ema: ema.module = self.mean.module
+    learn.create_opt()
+    def share(v, q): return distribute_tensor(v, q.device_mesh, q.placements)
+    move_opt(self.whole_opt.opt, learn.opt.opt, self.live.pairs(), share)
+
+@patch
+def after_fit(self:DistributedCallback):
+    if not self.active: return
+    learn = self.learn
+    self.leave()
+    if self.strategy == "ddp": return
+    pairs = ((q, p) for p, q in self.live.pairs())
+    move_opt(learn.opt.opt, self.whole_opt.opt, pairs, lambda v, p: v.full_tensor())
+    learn.opt, learn.model = self.whole_opt, self.live.fill()
+    if self.mean: learn.ema_model.module = self.mean.fill()
+    learn.opt.zero_grad()
+    self.live = self.mean = None
+
+@patch
+def leave(self:DistributedCallback):
+    "What this process can put back alone; with FSDP the weights stay in shares"
+    if not self.active: return
+    self.active = False
+    self.learn.remove_cb(self.agreement)
+    if self.strategy == "ddp": self.learn.model = get_model(self.learn.model)
+
+@patch
+def restore_fit(self:DistributedCallback): self.leave() # after an error the others may not answer
+
+# %% ../../nbs/7_runs/01_distributed.ipynb #e2d68949
+def move_opt(a, b, pairs, to):
+    "Hyperparameters and state of one optimiser into another, parameter by parameter"
+    for old, new in zip(a.param_groups, b.param_groups):
+        new.update({k: v for k, v in old.items() if k != "params"})
+    for p, q in pairs:
+        if p in a.state: b.state[q] = {k: v if v.ndim == 0 else to(v, q) for k, v in a.state.pop(p).items()}
+
+# %% ../../nbs/7_runs/01_distributed.ipynb #db19b4b0
+@patch
+@contextmanager
+def gathered(self:DistributedCallback):
+    "The whole network that is validated, in every process; with FSDP only for as long as the block lasts"
+    learn, ema = self.learn, getattr(self.learn, "ema_model", None)
+    if not (self.active and self.strategy == "fsdp"):
+        yield learn.judged_model
+        return
+    part = self.mean or self.live
+    whole = part.fill().eval()
+    if ema: ema.module = whole
+    try: yield whole
+    finally:
+        part.empty()
+        if ema: ema.module = part.module
+
+@patch
+def before_validate(self:DistributedCallback):
+    if not (self.active and self.strategy == "fsdp"): return
+    self.opened = self.gathered()
+    self.learn.model = self.opened.__enter__()
+
+@patch
+def after_validate(self:DistributedCallback):
+    # where there is an average, `EMACallback` has put the trained network back
+    if not (self.active and self.strategy == "fsdp" and self.opened): return
+    self.opened.__exit__(None, None, None)
+    self.learn.model, self.opened = self.live.module, None
+
+@patch
+def restore_validate(self:DistributedCallback): self.after_validate()
 
 @contextmanager
 def whole_average(learn:Learner):
@@ -222,16 +291,7 @@ def full_state(learn:Learner) -> dict: # in the first process; the others get an
     # on the CPU they are the tensors that go on changing
     return state if any(p.is_cuda for p in learn.model.parameters()) else copy.deepcopy(state)
 
-def _check_state(learn, state):
-    "Refuse a state of another network, by the first names that differ"
-    have = {k: tuple(v.shape) for k, v in state["model"].items()}
-    want = {k.removeprefix("module."): tuple(v.shape) for k, v in learn.model.state_dict().items()}
-    other = [k for k in {**have, **want} if have.get(k) != want.get(k)]
-    if other:
-        more = " and more" if len(other) > 3 else ""
-        raise InputError(f"the state is of another network, it differs in {', '.join(other[:3])}{more}: "
-                         "build the network with the options of that run")
-
+# %% ../../nbs/7_runs/01_distributed.ipynb #78bb6679
 def load_full_state(learn:Learner,
     state:dict|None # from `full_state`; only the first process needs one
 ):
@@ -253,3 +313,13 @@ def load_full_state(learn:Learner,
     if ema is None: return
     set_model_state_dict(ema.module, state["ema"], options=options)
     ema.n_averaged.fill_(everyone(state["ema_steps"])[0])
+
+def _check_state(learn, state):
+    "Refuse a state of another network, by the first names that differ"
+    have = {k: tuple(v.shape) for k, v in state["model"].items()}
+    want = {k.removeprefix("module."): tuple(v.shape) for k, v in learn.model.state_dict().items()}
+    other = [k for k in {**have, **want} if have.get(k) != want.get(k)]
+    if other:
+        more = " and more" if len(other) > 3 else ""
+        raise InputError(f"the state is of another network, it differs in {', '.join(other[:3])}{more}: "
+                         "build the network with the options of that run")

@@ -35,8 +35,10 @@ def set_rng_state(state:dict):
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest)); torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    cuda = state["cuda"]
+    if cuda and len(cuda) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(cuda)
 
 # %% ../../nbs/7_runs/02_resume.ipynb #9724b415
 class CheckpointCallback(Callback):
@@ -52,61 +54,6 @@ class CheckpointCallback(Callback):
         if every < 1 or keep < 1: raise InputError(f"every is {every} and keep is {keep}: choose 1 or more")
         self.folder, self.every, self.keep, self.resume = Path(folder), every, keep, resume
     files = property(lambda self: sorted(self.folder.glob("step-*.pt")))
-    def plan(self):
-        "What must be the same for a state to be resumed from"
-        return dict(epochs=self.n_epoch, batches=len(self.dls.train), batch=self.dls.train.bs*ranks()[1],
-                    task=self.dls.task.name, seed=self.flow.seed, objective=self.objective,
-                    parameters=sum(p.numel() for p in self.model.parameters()), lr=self.learn.lr,
-                    rates=self.rates(), accumulate=self.accumulated())
-    def accumulated(self):
-        "Batches a step"
-        kept = self.learn._grab_cbs(GradientAccumulation)
-        return kept[0].n_acc if kept else 1
-    def rates(self):
-        "Learning rates at the beginning, the quarters and the end of this fit"
-        schedulers = [cb for cb in self.learn.cbs if isinstance(cb, ParamScheduler)]
-        plans = [cb.scheds["lr"] for cb in schedulers if "lr" in cb.scheds]
-        rate = plans[0] if plans else lambda share: self.opt.hypers[-1]["lr"]
-        return [float(f"{np.max(rate(share)):.6g}") for share in (0., .25, .5, .75, 1.)]
-    def refuse(self):
-        raise InputError(f"the training of the states in {self.folder} is complete: for another one remove "
-                         "the callback with learn.remove_cb(CheckpointCallback), or give it another folder")
-    def before_fit(self):
-        self.at, self.rng, self.stepped, self.saved, self.within = None, None, False, 0, False
-        self.planned = self.plan()
-        if self.complete: self.refuse()
-        if not self.resume and not ranks()[0]:
-            for f in self.files: f.unlink()
-        with together(): # the first process reads for all
-            found = self.latest() if self.resume and not ranks()[0] else None
-        s = everyone(found and {k: v for k, v in found.items() if k != "learner"})[0]
-        if s is None: return
-        trained = self.flow.epochs > 0 # by this learner, in this process
-        if trained and s["at"]["epoch"] == self.n_epoch: self.refuse()
-        other = [f"{k} {v} and not {self.planned[k]}" for k, v in s["plan"].items() if self.planned[k] != v]
-        with together():
-            if other:
-                raise InputError(f"the state in {self.folder} is of a training with {', '.join(other)}: "
-                                 "use another folder, or start over with resume=False")
-        self.go_on(s, found and found["learner"])
-    def go_on(self, s, weights):
-        load_full_state(self.learn, weights)
-        if self.learn._grab_cbs(PrecisionCallback): self.precision.scaler.load_state_dict(s["scaler"])
-        self.at, self.saved, self.rng = s["at"], s["at"]["train_iter"], s["rng"]
-        self.record.clear()
-        self.record.update(s["record"])
-        self.learn.train_iter, self.learn.pct_train = self.at["train_iter"], self.at["pct_train"]
-        self.flow.epochs, self.complete = self.at["order"] + 1, self.at["epoch"] == self.n_epoch
-        for cb in self.others():
-            if cb.name in s.get("callbacks", {}): cb.load_state_dict(s["callbacks"][cb.name])
-    def others(self):
-        "Callbacks with a state of their own, beside those that a state holds in any case"
-        return [cb for cb in self.learn.cbs if hasattr(type(cb), "state_dict")
-                and not isinstance(cb, (FlowCallback, EMACallback, PrecisionCallback))]
-    def trackers(self, run:bool):
-        "fastai's early stopping and the like have nothing to look at in epochs that are passed over"
-        for cb in self.learn.cbs:
-            if isinstance(cb, BestOf): cb.run = run
     def before_epoch(self):
         if not (self.at and self.epoch < self.at["epoch"]): return
         self.trackers(False)
@@ -141,6 +88,79 @@ class CheckpointCallback(Callback):
     def after_cancel_fit(self): # early stopping at the end of an epoch
         if not self.within and not self.complete and not self.at: self.finish()
     def after_fit(self): self.trackers(True) # which may load the best weights now
+
+# %% ../../nbs/7_runs/02_resume.ipynb #b60592ad
+@patch
+def plan(self:CheckpointCallback):
+    "What must be the same for a state to be resumed from"
+    return dict(epochs=self.n_epoch, batches=len(self.dls.train), batch=self.dls.train.bs*ranks()[1],
+                task=self.dls.task.name, seed=self.flow.seed, objective=self.objective,
+                parameters=sum(p.numel() for p in self.model.parameters()), lr=self.learn.lr,
+                rates=self.rates(), accumulate=self.accumulated())
+
+@patch
+def accumulated(self:CheckpointCallback):
+    "Batches a step"
+    kept = self.learn._grab_cbs(GradientAccumulation)
+    return kept[0].n_acc if kept else 1
+
+@patch
+def rates(self:CheckpointCallback):
+    "Learning rates at the beginning, the quarters and the end of this fit"
+    schedulers = [cb for cb in self.learn.cbs if isinstance(cb, ParamScheduler)]
+    plans = [cb.scheds["lr"] for cb in schedulers if "lr" in cb.scheds]
+    rate = plans[0] if plans else lambda share: self.opt.hypers[-1]["lr"]
+    return [float(f"{np.max(rate(share)):.6g}") for share in (0., .25, .5, .75, 1.)]
+
+@patch
+def refuse(self:CheckpointCallback):
+    raise InputError(f"the training of the states in {self.folder} is complete: for another one remove "
+                     "the callback with learn.remove_cb(CheckpointCallback), or give it another folder")
+
+# %% ../../nbs/7_runs/02_resume.ipynb #0926ad86
+@patch
+def before_fit(self:CheckpointCallback):
+    self.at, self.rng, self.stepped, self.saved, self.within = None, None, False, 0, False
+    self.planned = self.plan()
+    if self.complete: self.refuse()
+    if not self.resume and not ranks()[0]:
+        for f in self.files: f.unlink()
+    with together(): # the first process reads for all
+        found = self.latest() if self.resume and not ranks()[0] else None
+    s = everyone(found and {k: v for k, v in found.items() if k != "learner"})[0]
+    if s is None: return
+    trained = self.flow.epochs > 0 # by this learner, in this process
+    if trained and s["at"]["epoch"] == self.n_epoch: self.refuse()
+    other = [f"{k} {v} and not {self.planned[k]}" for k, v in s["plan"].items() if self.planned[k] != v]
+    with together():
+        if other:
+            raise InputError(f"the state in {self.folder} is of a training with {', '.join(other)}: "
+                             "use another folder, or start over with resume=False")
+    self.take_up(s, found and found["learner"])
+
+@patch
+def take_up(self:CheckpointCallback, s, weights):
+    load_full_state(self.learn, weights)
+    if self.learn._grab_cbs(PrecisionCallback): self.precision.scaler.load_state_dict(s["scaler"])
+    self.at, self.saved, self.rng = s["at"], s["at"]["train_iter"], s["rng"]
+    self.record.clear()
+    self.record.update(s["record"])
+    self.learn.train_iter, self.learn.pct_train = self.at["train_iter"], self.at["pct_train"]
+    self.flow.epochs, self.complete = self.at["order"] + 1, self.at["epoch"] == self.n_epoch
+    for cb in self.others():
+        if cb.name in s.get("callbacks", {}): cb.load_state_dict(s["callbacks"][cb.name])
+
+@patch
+def others(self:CheckpointCallback):
+    "Callbacks with a state of their own, beside those that a state holds in any case"
+    return [cb for cb in self.learn.cbs if hasattr(type(cb), "state_dict")
+            and not isinstance(cb, (FlowCallback, EMACallback, PrecisionCallback))]
+
+@patch
+def trackers(self:CheckpointCallback, run:bool):
+    "fastai's early stopping and the like have nothing to look at in epochs that are passed over"
+    for cb in self.learn.cbs:
+        if isinstance(cb, BestOf): cb.run = run
 
 # %% ../../nbs/7_runs/02_resume.ipynb #35781eda
 @patch

@@ -19,7 +19,8 @@ import torch
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.xtras import ContextManagers
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning) # raised by the import of fastai
+# raised by the import of fastai
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 from torch.optim.swa_utils import AveragedModel
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
@@ -28,11 +29,12 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import distrib_barrier, get_model, rank_distrib
 from ..files import InputError, atomic_path
 from ..core import ranks
+from ..options import OptimiserOptions
 
 # %% ../../nbs/4_training/01_optimisation.ipynb #0675a89a
 def ema_decay(
-    n:int,           # steps so far
-    decay:float=.999 # final decay
+    n:int, # steps so far
+    decay:float=OptimiserOptions.ema # final decay
 ) -> float:
     "Decay of the average at step `n`: small at first, so that the initial weights are soon forgotten"
     return min(decay, (1 + n)/(10 + n))
@@ -42,10 +44,11 @@ def _average(callback, averaged, weights, n):
 
 def _shapes(state): return {k: tuple(v.shape) for k, v in state.items()}
 
+# %% ../../nbs/4_training/01_optimisation.ipynb #159c265e
 class EMACallback(Callback):
     "Exponential moving average of the weights, in `learn.ema_model`; used for validation"
     order = 20
-    def __init__(self, decay:float=.999):
+    def __init__(self, decay:float=OptimiserOptions.ema):
         self.decay = decay
         self.live = [] # networks that the average stands in for
     def trained(self):
@@ -83,6 +86,7 @@ class _Unwinding(ContextManagers):
             self.stack.close()
             raise
 
+# %% ../../nbs/4_training/01_optimisation.ipynb #f168cd29
 class RestoringLearner(Learner):
     "A fastai `Learner` that puts back what callbacks set, however a phase ends"
     @property
@@ -113,18 +117,21 @@ class RestoringLearner(Learner):
     def __exit__(self, exc_type, *args):
         if exc_type is None: super().__exit__(exc_type, *args)
         else: self._restore("epoch", "fit")
-    @contextmanager
-    def resting(self):
-        "Callbacks that belong to a training do nothing in here"
-        cbs = [cb for cb in self.cbs if cb.run and getattr(type(cb), "_only_train_loop", False)]
-        for cb in cbs: cb.run = False
-        try: yield
-        finally:
-            for cb in cbs: cb.run = True
     def validation_context(self, cbs=None, inner=False):
         "As fastai's, while callbacks of the training rest"
         held = [] if inner else [self.resting()]
         return _Unwinding(held + list(super().validation_context(cbs, inner).default))
+
+# %% ../../nbs/4_training/01_optimisation.ipynb #3d81aa97
+@patch
+@contextmanager
+def resting(self:RestoringLearner):
+    "Callbacks that belong to a training do nothing in here"
+    cbs = [cb for cb in self.cbs if cb.run and getattr(type(cb), "_only_train_loop", False)]
+    for cb in cbs: cb.run = False
+    try: yield
+    finally:
+        for cb in cbs: cb.run = True
 
 # %% ../../nbs/4_training/01_optimisation.ipynb #198562bf
 PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
@@ -141,6 +148,7 @@ def fast_dtype(device:torch.device|str="cpu") -> torch.dtype:
     if asked in PRECISIONS: return PRECISIONS[asked]
     raise InputError(f"BLIP3O_PRECISION is '{asked}': choose auto, {', '.join(PRECISIONS)}")
 
+# %% ../../nbs/4_training/01_optimisation.ipynb #06b1e645
 class PrecisionCallback(Callback):
     "Run forward and loss under autocast, on CPU as on CUDA; float16 with a scaled loss"
     order = 10
@@ -166,7 +174,8 @@ class PrecisionCallback(Callback):
         self.ctx = None
     after_batch = restore_batch = after_loss # of a batch that was cancelled, or ended by an error
     def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
-    def before_step(self): # the scaler takes this object for the optimiser; it calls no `step` after an overflow
+    def before_step(self):
+        # the scaler takes this object for the optimiser; it calls no `step` after an overflow
         self.overflow = self.scaler.is_enabled()
         if not self.overflow: return
         self.scaler.step(self)
@@ -183,11 +192,12 @@ class PrecisionCallback(Callback):
 # %% ../../nbs/4_training/01_optimisation.ipynb #8c72c077
 class ClipCallback(Callback):
     "Shorten the gradient to a norm of at most `max_norm`; its norm before that stands in `learn.grad_norm`"
-    order = 11 # after the scaler of `PrecisionCallback`
-    def __init__(self, max_norm:float=1.): self.max_norm = max_norm
+    order, name = 11, "grad_clip" # after the scaler of `PrecisionCallback`
+    def __init__(self, max_norm:float=OptimiserOptions.max_grad_norm): self.max_norm = max_norm
     def before_step(self):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
-        self.learn.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm # of sharded weights
+        sharded = hasattr(norm, "full_tensor")
+        self.learn.grad_norm = norm.full_tensor() if sharded else norm
 
 # %% ../../nbs/4_training/01_optimisation.ipynb #a26331fd
 def decay_groups(model:torch.nn.Module) -> list:
@@ -248,6 +258,7 @@ def _read_saved(path, device):
         raise InputError(f"{path} holds no weights: give a file that learn.save wrote")
     return state
 
+# %% ../../nbs/4_training/01_optimisation.ipynb #6f5bda01
 @patch
 def load(self:RestoringLearner,
     file,               # as `save` takes it
@@ -306,9 +317,9 @@ def export(self:RestoringLearner, fname="export.pkl", **kwargs):
 
 # %% ../../nbs/4_training/01_optimisation.ipynb #8a8c8cbc
 def warmup_cosine(
-    lr:float,        # peak
-    warmup:float=.03,# share of the steps that go up, in a line from a hundredth of the peak
-    final:float=.1   # share of the peak at the end, reached along half a cosine; 1 stays at the peak
+    lr:float, # peak
+    warmup:float=OptimiserOptions.warmup, # share of the steps that go up, from a hundredth of the peak
+    final:float=OptimiserOptions.final_lr # share of the peak at the end, along half a cosine; 1 stays there
 ): # share of the fit, 0 to 1 -> learning rate
     "A learning rate that warms up and goes down slowly; raises `InputError` for invalid shares"
     if not (0 <= warmup < 1 and 0 <= final <= 1):
@@ -319,7 +330,7 @@ def warmup_cosine(
 @patch
 def fit_warmup(self:Learner,
     n_epoch:int, lr:float|None=None, # default: the learner's
-    warmup:float=.03, final:float=.1,# as `warmup_cosine` takes them
+    warmup:float=OptimiserOptions.warmup, final:float=OptimiserOptions.final_lr, # as of `warmup_cosine`
     cbs=None, **kwargs
 ):
     "Fit with `warmup_cosine`; other options as in `fit`"
