@@ -15,7 +15,7 @@ _NAMES = { # room -> the public names that it holds, which are imported on first
     "features.images": "read_images",
     "features.encoders": "load_encoder",
     "features.shards": "FeatureDataset ShardWriter",
-    "features.loading": "Normalizer feature_dls tensor_dls",
+    "features.loading": "Normalizer as_dls feature_dls tensor_dls",
     "features.extract": "extract online_dls",
     "training.learner": "FlowLearner flow_learner",
     "generation.pipeline": "Pipeline save_checkpoint write_samples",
