@@ -87,7 +87,9 @@ def _show_tokens(axs, name, x, some, about):
     title = f"{name} tokens, {len(x)} x {x.shape[1]}\n{about.get('model', name)}"
     axs[0].set_title(title, fontsize="small", parse_math=False)
     if layout.grid: token_map(norm[layout.prefix:], ax=axs[1], label="norm")
-    else: axs[1].plot(norm)
+    else:
+        axs[1].plot(norm)
+        axs[1].set(xlabel="token", ylabel="norm")
     front = ", ".join(f"{v:.1f}" for v in norm[:layout.prefix].tolist())
     in_front = f"\n{'CLS' if layout.prefix == 1 else 'in front'} {front}" if front else ""
     axs[1].set_title(f"{name} norms{in_front}", fontsize="small", parse_math=False)
