@@ -1,16 +1,19 @@
-"""The widgets in a real JupyterLab in a real browser: a control that is moved changes the picture, and to what the control says; and flows on the sphere."""
+"""The widgets in a real JupyterLab in a real browser, and flows on the sphere.
+
+A control that is moved changes the figure, and to what the control says."""
 import importlib.util, inspect, json, os, re, secrets, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-MISSING = [m for m in ("jupyterlab", "playwright") if not importlib.util.find_spec(m)] + ([] if BROWSER else ["a Chromium"])
+MISSING = [m for m in ("jupyterlab", "playwright") if not importlib.util.find_spec(m)]
+MISSING += [] if BROWSER else ["a Chromium"]
 
 def small(folder, task):
-    "Toy features of twelve pictures, a network of random weights, and encoders that pool the first token and read captions by their letters"
+    "Toy features of twelve images, random weights, and encoders that read captions by their letters"
     import torch
-    from blip3o_nb.core import get_task, toy_features
+    from blip3o_nb.core import get_task, named_generator, toy_features
     from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
     from blip3o_nb.generation.pipeline import Pipeline
     from blip3o_nb.features.loading import Normalizer
@@ -18,20 +21,26 @@ def small(folder, task):
     class ToyEncoder:
         device = "cpu"
         def pool(self, tokens): return tokens[:, 0, :32]
-        def encode_text(self, texts): return torch.stack([torch.randn(32, generator=torch.Generator().manual_seed(sum(map(ord, c)))) for c in texts])
+        def encode_text(self, texts):
+            return torch.stack([torch.randn(32, generator=named_generator(*sorted(t))) for t in texts])
     toy, task = toy_features(12), get_task(task)
-    with ShardWriter(folder, {n: {"model": f"toy-{n}"} for n in ("clip", "eva")}) as w: w.add_batch(toy["keys"], toy["clip"], toy["eva"], toy["captions"], [""]*12)
+    with ShardWriter(folder, {n: {"model": f"toy-{n}"} for n in ("clip", "eva")}) as w:
+        w.add_batch(toy["keys"], toy["clip"], toy["eva"], toy["captions"], [""]*12)
     ds = FeatureDataset(folder)
     torch.manual_seed(0)
-    model = BLIP3oDiT(BLIP3oDiTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_tokens=17, task=task.name,
-                                      clip_embedding_size=32, eva_embedding_size=48, prediction_type="sample", cond_dropout=.1))
+    sizes = dict(num_tokens=17, clip_embedding_size=32, eva_embedding_size=48, task=task.name)
+    network = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    model = BLIP3oDiT(BLIP3oDiTConfig(**network, **sizes, prediction_type="sample", cond_dropout=.1))
     for p in model.parameters(): torch.nn.init.normal_(p, std=.2) # as made, it answers nothing but zero
-    pipe = Pipeline(model, task, *(Normalizer(mode, ds.stats(name)) for mode, name in ((task.target_norm, task.target), (task.cond_norm, task.cond))), ds.contract)
-    pipe.encoders = dict.fromkeys(("clip", "eva"), ToyEncoder())
+    sides = (task.target_norm, task.target), (task.cond_norm, task.cond)
+    pipe = Pipeline(model, task, *(Normalizer(mode, ds.stats(name)) for mode, name in sides), ds.contract)
+    pipe.encoders = dict.fromkeys((task.target, task.cond), ToyEncoder())
     return pipe, ds
 
-CELLS = [f"{inspect.getsource(small)}\npipe, ds = small('features', 'clip_generation')\nfrom blip3o_nb.generation.widgets import conditioning_mixer, path_explorer, shard_browser",
-         "shard_browser(ds)", "path_explorer(pipe, ds)", "conditioning_mixer(pipe, ds)"]
+NAMES = "conditioning_mixer, path_explorer, shard_browser"
+FIRST = (inspect.getsource(small), "pipe, ds = small('features', 'clip_generation')",
+         f"from blip3o_nb.generation.widgets import {NAMES}")
+CELLS = ["\n".join(FIRST), "shard_browser(ds)", "path_explorer(pipe, ds)", "conditioning_mixer(pipe, ds)"]
 
 def until(what, seconds, ready):
     end = time.time() + seconds
@@ -40,31 +49,57 @@ def until(what, seconds, ready):
         time.sleep(.1)
     return got
 
+def notebook(cells):
+    "A notebook of these cells, as JSON"
+    def cell(source):
+        return dict(cell_type="code", id=secrets.token_hex(4), metadata={}, execution_count=None, outputs=[],
+                    source=source.strip())
+    kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
+    return json.dumps(dict(cells=[*map(cell, cells)], metadata=kernel, nbformat=4, nbformat_minor=5))
+
+def write_settings(settings):
+    "JupyterLab asks nothing of the user, and shows all cells at once"
+    told = {"apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False),
+            "notebook-extension/tracker": dict(windowingMode="none")}
+    for name, value in told.items():
+        f = settings/"@jupyterlab"/f"{name}.jupyterlab-settings"
+        f.parent.mkdir(parents=True, exist_ok=True)
+        f.write_text(json.dumps(value))
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+def start_lab(home, port, token):
+    "A JupyterLab that keeps all it writes in `home` and asks nothing of the network"
+    own = {"IPYTHONDIR": "ipython", "JUPYTERLAB_SETTINGS_DIR": "settings",
+           "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+           **{f"JUPYTER_{d}_DIR": d.lower() for d in ("CONFIG", "DATA", "RUNTIME")}}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **{k: str(home/v) for k, v in own.items()}}
+    options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}",
+               "--ServerApp.port_retries=0", f"--ServerApp.root_dir={home/'work'}",
+               f"--IdentityProvider.token={token}", "--LabApp.extension_manager=readonly",
+               "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with (home/"log").open("w") as out:
+        return subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], cwd=home/"work", env=env,
+                                stdout=out, stderr=subprocess.STDOUT)
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "Address of a notebook in a JupyterLab of its own, which asks nothing of the network and of the user"
-    home = tmp_path_factory.mktemp("lab"); work, settings = home/"work", home/"settings"
-    work.mkdir()
-    cell = lambda s: dict(cell_type="code", id=secrets.token_hex(4), metadata={}, execution_count=None, outputs=[], source=s.strip())
-    kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
-    (work/"widgets.ipynb").write_text(json.dumps(dict(cells=[*map(cell, CELLS)], metadata=kernel, nbformat=4, nbformat_minor=5)))
-    for name, value in {"apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False), "notebook-extension/tracker": dict(windowingMode="none")}.items():
-        f = settings/"@jupyterlab"/f"{name}.jupyterlab-settings"
-        f.parent.mkdir(parents=True, exist_ok=True); f.write_text(json.dumps(value))
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    token, log = secrets.token_hex(16), home/"log"
-    own = {"IPYTHONDIR": home/"ipython", "JUPYTERLAB_SETTINGS_DIR": settings, "JUPYTERLAB_WORKSPACES_DIR": home/"workspaces",
-           **{f"JUPYTER_{d}_DIR": home/d.lower() for d in ("CONFIG", "DATA", "RUNTIME")}}
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]), **{k: str(v) for k, v in own.items()}}
-    options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={work}",
-               f"--IdentityProvider.token={token}",
-               "--LabApp.extension_manager=readonly", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    with log.open("w") as out:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], cwd=work, env=env, stdout=out, stderr=subprocess.STDOUT)
-    base = f"http://127.0.0.1:{port}"
-    def api(path, method="GET"): return urllib.request.urlopen(urllib.request.Request(f"{base}/api/{path}", method=method, headers={"Authorization": f"token {token}"}), timeout=5)
+    "Address of a notebook in a JupyterLab of its own"
+    home, port, token = tmp_path_factory.mktemp("lab"), free_port(), secrets.token_hex(16)
+    (home/"work").mkdir()
+    (home/"work"/"widgets.ipynb").write_text(notebook(CELLS))
+    write_settings(home/"settings")
+    server = start_lab(home, port, token)
+    base, headers = f"http://127.0.0.1:{port}", {"Authorization": f"token {token}"}
+    def api(path, method="GET"):
+        request = urllib.request.Request(f"{base}/api/{path}", method=method, headers=headers)
+        return urllib.request.urlopen(request, timeout=5)
     def up():
-        assert server.poll() is None, log.read_text()
+        assert server.poll() is None, (home/"log").read_text()
         try: return api("status")
         except OSError: return None
     try:
@@ -74,7 +109,9 @@ def lab(tmp_path_factory):
         try: api("shutdown", "POST") # with its kernels
         except OSError: pass
         try: server.wait(15)
-        except subprocess.TimeoutExpired: server.kill(); server.wait()
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 PIXELS = """async img => {
     await img.decode()
@@ -91,15 +128,19 @@ class Widget:
     @property
     def note(self): return self.cell.locator("[role=status]")
     def pixels(self): return self.img.evaluate(PIXELS)
-    def handle(self, name): return self.cell.locator(".widget-slider").filter(has=self.page.get_by_text(name, exact=True)).locator(".noUi-handle")
+    def slider(self, name):
+        return self.cell.locator(".widget-slider").filter(has=self.page.get_by_text(name, exact=True))
+    def handle(self, name): return self.slider(name).locator(".noUi-handle")
     def says(self, text):
         from playwright.sync_api import expect
         expect(self.note).to_contain_text(re.compile(text), timeout=30_000)
     def changes(self, act, text):
-        "Something that is done changes the picture, to one that says `text`"
-        before = self.pixels(); assert not re.search(text, self.note.inner_text())
-        act(); self.says(text)
-        until("a new picture", 10, lambda: self.pixels() != before)
+        "Something that is done changes the figure, to one that says `text`"
+        before = self.pixels()
+        assert not re.search(text, self.note.inner_text())
+        act()
+        self.says(text)
+        until("a new figure", 10, lambda: self.pixels() != before)
 
 @pytest.fixture(scope="module")
 def page(lab):
@@ -109,7 +150,8 @@ def page(lab):
         page = browser.new_page(viewport=dict(width=1200, height=1000))
         page.route(lambda url: not url.startswith("http://127.0.0.1"), lambda route: route.abort())
         page.goto(lab, timeout=60_000)
-        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000) # before that, JupyterLab forgets what is to be run
+        # before the kernel is idle, JupyterLab forgets what is to be run
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
         page.locator(".jp-CodeCell .cm-content").first.click(timeout=60_000)
         for _ in CELLS: page.keyboard.press("Shift+Enter")
         for n in range(1, len(CELLS)):
@@ -130,38 +172,45 @@ def test_browser_shows_another_sample(page):
     field = w.cell.locator("input[type=text]")
     w.changes(lambda: (field.fill("toy0-00005"), field.press("Enter")), "key toy0-00005, 6 of 12")
     before = w.pixels()
-    field.fill("nobody"); field.press("Enter")
+    field.fill("nobody")
+    field.press("Enter")
     w.cell.locator("[role=alert]").get_by_text("no key 'nobody'").wait_for(timeout=10_000)
     assert w.pixels() == before
 
 @needs_browser
 def test_time_is_dragged(page):
-    w, handle = Widget(page, 2), Widget(page, 2).handle("t")
+    w = Widget(page, 2)
+    handle, track = w.handle("t"), w.slider("t").locator(".noUi-target")
     w.says("nearest at t = 0.50")
     def drag():
         handle.scroll_into_view_if_needed()
-        box, track = handle.bounding_box(), w.cell.locator(".widget-slider").filter(has=page.get_by_text("t", exact=True)).locator(".noUi-target").bounding_box()
-        page.mouse.move(box["x"] + box["width"]/2, box["y"] + box["height"]/2); page.mouse.down()
-        for share in (.6, .7, .8, .9, 1.1): page.mouse.move(track["x"] + share*track["width"], track["y"] + track["height"]/2)
+        box, line = handle.bounding_box(), track.bounding_box()
+        page.mouse.move(box["x"] + box["width"]/2, box["y"] + box["height"]/2)
+        page.mouse.down()
+        for share in (.6, .7, .8, .9, 1.1):
+            page.mouse.move(line["x"] + share*line["width"], line["y"] + line["height"]/2)
         page.mouse.up()
     w.changes(drag, r"nearest at t = 1\.00")
     w.changes(lambda: (w.handle("steps").focus(), page.keyboard.press("ArrowRight")), "euler, 5 steps, NFE 5")
-    w.changes(lambda: (w.handle("guidance").focus(), page.keyboard.press("ArrowRight")), r"NFE 10, guidance 1\.5")
+    def press(): return w.handle("guidance").focus(), page.keyboard.press("ArrowRight")
+    w.changes(press, r"NFE 10, guidance 1\.5")
 
 @needs_browser
 def test_weight_is_moved(page):
     w = Widget(page, 3)
     w.says("nearest at weight 0.50")
-    w.changes(lambda: (w.handle("weight of B").focus(), page.keyboard.press("ArrowRight")), "A: 40%; B: 60%; nearest at weight 0.60")
+    def press(): return w.handle("weight of B").focus(), page.keyboard.press("ArrowRight")
+    w.changes(press, "A: 40%; B: 60%; nearest at weight 0.60")
 
 def test_flow_on_the_sphere(tmp_path):
-    "A task with spherical targets: the trace stays on the sphere, ends where the pipeline does, and the straight line cuts inside"
+    "The trace stays on the sphere and ends where the pipeline does; the straight line cuts inside"
     import torch
     from blip3o_nb.generation.widgets import follow, ways
     pipe, ds = small(tmp_path/"features", "eva_denoising")
     trace = follow(pipe, ds[3], "heun", 3, seed=1, points=11)
     assert trace.about == "heun, 3 steps, NFE 5"
     for x in (trace.xt, trace.x1): assert (x.norm(dim=-1) - 1).abs().max() < 1e-5
-    assert torch.allclose(trace.xt[-1:], pipe(ds[3]["eva"][None], seed=1, method="heun", steps=3), atol=1e-5)
+    made = pipe(ds[3][pipe.task.cond][None], seed=1, method="heun", steps=3)
+    assert torch.allclose(trace.xt[-1:], made, atol=1e-5)
     w = {name: x.norm(dim=-1) for name, x in ways(trace).items()}
     assert (w["great circle (slerp)"] - 1).abs().max() < 1e-5 and w["straight line"][5].max() < .9

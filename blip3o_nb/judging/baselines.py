@@ -1,4 +1,4 @@
-"""Fit the cheap maps that a flow has to beat, in one pass over any number of pictures, and read a flow's score beside them.
+"""Fit the cheap maps that a flow has to beat, in one pass over any number of images, and read a flow's score beside them.
 
 Docs: https://blip3o-nb.github.io/blip3o_nb/6_judging/baselines.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/6_judging/baselines.html.md"""
 
 # %% auto #0
 __all__ = ['ALPHAS', 'Baseline', 'MeanBaseline', 'CopyBaseline', 'Moments', 'TokenLinear', 'ridge_maps', 'RidgeBaseline',
-           'ProcrustesBaseline', 'MLPBaseline']
+           'ProcrustesBaseline', 'MLPBaseline', 'DiTEstimator']
 
 # %% ../../nbs/6_judging/02_baselines.ipynb #5521e613
 import random
@@ -17,6 +17,8 @@ from torch import nn
 from ..files import InputError
 from ..core import layout_of
 from ..features.loading import FeatureStats, Normalizer
+from ..training.learner import flow_learner
+from ..generation.pipeline import Pipeline
 
 # %% ../../nbs/6_judging/02_baselines.ipynb #14dbb4c1
 @contextmanager
@@ -24,21 +26,28 @@ def _own_random(seed):
     "Draws in the block are seeded, and leave the caller's generators as they were"
     state = random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); yield
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
     finally: random.setstate(state)
 
 def _batches(train, **kw):
-    "Batches of all training pictures, of a copy of the loader where it can be copied: the order of the caller's epochs stays what it was"
+    "Batches of all training images, of a copy of the loader where it can be copied"
     n = 0
     for cond, target in (train.new(drop_last=False, **kw) if hasattr(train, "new") else train):
-        n += len(cond); yield cond, target
-    if not n: raise InputError("no training pictures to fit on: give loaders with a training split")
+        n += len(cond)
+        yield cond, target
+    if not n: raise InputError("no training images to fit on: give loaders with a training split")
 
 class Baseline:
-    "What a flow has to beat: `fit` takes loaders as a `Learner` does, `generate` conditioning tokens as a flow does"
+    "What a flow has to beat: `fit` takes loaders, `generate` conditioning tokens"
     name, seed, device = "baseline", 0, "cpu" # `name` in tables; where the maps are
-    def fit(self, dls): # anything with a re-iterable `train` of batches `(cond, target)`, `[B, M, C]` and `[B, N, D]`, not normalised
+    prefix = None # tokens in front of the patches, where the loaders state it
+    def fit(self,
+        dls # its `train` gives batches `(cond, target)`, `[B, M, C]` and `[B, N, D]`, again and again
+    ):
         "Fit on the training batches, keeping sums alone; the caller's random state stays as it was"
+        self.prefix = getattr(dls, "sizes", {}).get("prefix_tokens")
         with _own_random(self.seed): self._fit(dls.train)
         return self
     @torch.no_grad()
@@ -54,7 +63,9 @@ class Baseline:
 class MeanBaseline(Baseline):
     "The training mean of each token position: what can be said without an image"
     name = "mean feature"
-    def _fit(self, train): self.mean = sum((FeatureStats.of(y) for _, y in _batches(train, shuffle=False)), FeatureStats()).mean.float().cpu() # [N, D]
+    def _fit(self, train):
+        stats = (FeatureStats.of(y) for _, y in _batches(train, shuffle=False))
+        self.mean = sum(stats, FeatureStats()).mean.float().cpu()                                # [N, D]
     def _predict(self, x): return self.mean.expand(len(x), -1, -1)
 
 class CopyBaseline(Baseline):
@@ -62,7 +73,9 @@ class CopyBaseline(Baseline):
     name = "copy"
     def _fit(self, train):
         x, y = next(iter(_batches(train, shuffle=False)))
-        if x.shape != y.shape: raise InputError(f"nothing to copy: conditioning {tuple(x.shape[1:])} and target {tuple(y.shape[1:])} differ")
+        if x.shape != y.shape:
+            raise InputError(f"nothing to copy: conditioning {tuple(x.shape[1:])} and target "
+                             f"{tuple(y.shape[1:])} differ")
     def _predict(self, x): return x
 
 # %% ../../nbs/6_judging/02_baselines.ipynb #2d678ce7
@@ -78,59 +91,78 @@ class Moments:
     @classmethod
     def of(cls, x, y): # `[..., C]` and `[..., D]`
         x, y = (v.reshape(-1, v.shape[-1]).double() for v in (x, y))
-        xm, ym = x.mean(0), y.mean(0); x, y = x-xm, y-ym
+        xm, ym = x.mean(0), y.mean(0)
+        x, y = x - xm, y - ym
         return cls(len(x), xm, ym, x.T @ x, x.T @ y, y.square().sum())
     def __add__(self, o):
         if not (self.n and o.n): return self if self.n else o
-        n, w, dx, dy = self.n + o.n, self.n*o.n/(self.n + o.n), o.x - self.x, o.y - self.y
-        return Moments(n, self.x + dx*o.n/n, self.y + dy*o.n/n, self.xx + o.xx + w*dx.outer(dx), self.xy + o.xy + w*dx.outer(dy), self.yy + o.yy + w*dy.square().sum())
+        n = self.n + o.n
+        w = self.n*o.n/n
+        dx, dy = o.x - self.x, o.y - self.y
+        xx, xy = self.xx + o.xx + w*dx.outer(dx), self.xy + o.xy + w*dx.outer(dy)
+        return Moments(n, self.x + dx*o.n/n, self.y + dy*o.n/n, xx, xy, self.yy + o.yy + w*dy.square().sum())
     def error(self, w, b): # `[C, D]`, `[D]`
         "Mean squared length of `y - xw - b`"
-        return ((self.yy - 2*(w*self.xy).sum() + (w*(self.xx @ w)).sum())/self.n + (self.y - self.x @ w - b).square().sum()).item()
+        spread = (self.yy - 2*(w*self.xy).sum() + (w*(self.xx @ w)).sum())/self.n
+        return (spread + (self.y - self.x @ w - b).square().sum()).item()
 
 # %% ../../nbs/6_judging/02_baselines.ipynb #3090c974
-def _same_tokens(x, y):
-    "The kinds of token on both sides, each a slice: CLS and patches, or patches alone"
-    if x.shape[:2] != y.shape[:2]: raise InputError(f"conditioning {tuple(x.shape[:2])} and target {tuple(y.shape[:2])} are not the same images and tokens: bring both to one layout")
+def _same_tokens(x, y, prefix=None):
+    "The kinds of token on both sides, each a slice: every token in front, and the patches"
+    if x.shape[:2] != y.shape[:2]:
+        raise InputError(f"conditioning {tuple(x.shape[:2])} and target {tuple(y.shape[:2])} are not the "
+                         "same images and tokens: bring both to one layout")
     n = x.shape[1]
-    return [slice(0, 1), slice(1, n)] if layout_of(n).has_cls else [slice(0, n)]
+    front = layout_of(n, prefix).prefix
+    kinds = [*(slice(i, i + 1) for i in range(front)), slice(front, n)]
+    return [k for k in kinds if k.start < k.stop]
 
 class TokenLinear(Baseline):
-    "One affine map for the CLS token and one for all patches, from moments; subclasses say how. Raises `InputError` where the two sides are not the same tokens"
+    "An affine map for each token in front and one for all patches, from moments; subclasses say how"
     def _fit(self, train):
-        n, sums = 0, [[Moments(), Moments()] for _ in range(2)] # kinds of token x (four fifths of the images, every fifth one)
+        n, sums = 0, None # for each kind of token the moments of four fifths, and of every fifth image
         for x, y in _batches(train, shuffle=False):
-            self.kinds, fifth = _same_tokens(x, y), (torch.arange(n, n+len(x)) % 5 == 4).to(x.device)
-            sums = [[m + Moments.of(x[i, k], y[i, k]) for m, i in zip(ms, (~fifth, fifth))] for ms, k in zip(sums, self.kinds)]
+            self.kinds = _same_tokens(x, y, self.prefix)
+            fifth = (torch.arange(n, n+len(x)) % 5 == 4).to(x.device)
+            parts = ~fifth, fifth
+            def add(ms, k): return [m + Moments.of(x[i, k], y[i, k]) for m, i in zip(ms, parts)]
+            sums = [add(ms, k) for ms, k in zip(sums or [[Moments()]*2]*len(self.kinds), self.kinds)]
             n += len(x)
         self.n, self.device = n, x.device
-        self.maps = [tuple(m.float() for m in self.solve(*ms)) for ms in sums] # a pair [C, D], [D] for each kind
-    def _predict(self, x): return torch.cat([x[:, k] @ w + b for k, (w, b) in zip(self.kinds, self.maps)], 1)
+        self.maps = [tuple(m.float() for m in self.solve(*ms)) for ms in sums] # `[C, D]`, `[D]` for each
+    def _predict(self, x):
+        return torch.cat([x[:, k] @ w + b for k, (w, b) in zip(self.kinds, self.maps)], 1)
 
 # %% ../../nbs/6_judging/02_baselines.ipynb #6acc0153
 ALPHAS = tuple(10.**i for i in range(-5, 3))
 
 def ridge_maps(m:Moments, alphas):
     "A map `(w, b)` for each alpha, from one eigendecomposition"
-    s, q = torch.linalg.eigh(m.xx); s = s.clamp(min=0); r = q.T @ m.xy
+    s, q = torch.linalg.eigh(m.xx)
+    s, r = s.clamp(min=0), q.T @ m.xy
     for a in alphas:
-        w = q @ (r/(s + a*s.mean() + 1e-12)[:, None])                                                         # [C, D]
+        w = q @ (r/(s + a*s.mean() + 1e-12)[:, None])                                            # [C, D]
         yield w, m.y - m.x @ w
 
 class RidgeBaseline(TokenLinear):
-    "Ridge regression; without `alpha`, the best of `ALPHAS` on every fifth training image, for each kind of token"
+    "Ridge regression; without `alpha`, the best of `ALPHAS` on every fifth training image"
     name = "ridge"
     def __init__(self,
         alpha:float|None=None # share of the mean eigenvalue that is added to all
     ): self.alpha = alpha
-    def _fit(self, train): self.chosen = []; super()._fit(train) # alphas used, one for each map
+    def _fit(self, train):
+        self.chosen = [] # alphas used, one for each map
+        super()._fit(train)
     def solve(self, rest, fifth):
-        a = self.alpha
-        if a is None:
-            if not fifth.n: raise InputError(f"{self.n} training images are too few to choose alpha: give RidgeBaseline an alpha")
-            a = min(zip((fifth.error(*m) for m in ridge_maps(rest, ALPHAS)), ALPHAS))[1]
+        a = self.best(rest, fifth) if self.alpha is None else self.alpha
         self.chosen.append(a)
         return next(ridge_maps(rest + fifth, [a]))
+    def best(self, rest, fifth):
+        "The alpha of least error on every fifth image; raises `InputError` where there is none"
+        if not fifth.n:
+            raise InputError(f"{self.n} training images are too few to choose alpha: give RidgeBaseline an "
+                             "alpha")
+        return min(zip((fifth.error(*m) for m in ridge_maps(rest, ALPHAS)), ALPHAS))[1]
 
 # %% ../../nbs/6_judging/02_baselines.ipynb #ab9300d4
 class ProcrustesBaseline(TokenLinear):
@@ -139,13 +171,13 @@ class ProcrustesBaseline(TokenLinear):
     def solve(self, rest, fifth):
         m = rest + fifth
         u, s, vt = torch.linalg.svd(m.xy, full_matrices=False)
-        r = u @ vt                                                                                            # [C, D]
+        r = u @ vt                                                                               # [C, D]
         w = r*(s.sum()/(r*(m.xx @ r)).sum().clamp(min=1e-12))
         return w, m.y - m.x @ w
 
 # %% ../../nbs/6_judging/02_baselines.ipynb #82d4760a
 class MLPBaseline(Baseline):
-    "A network of one hidden layer for the CLS token and one for all patches; raises `InputError` where the two sides are not the same tokens"
+    "A network of one hidden layer for each token in front and one for all patches"
     name = "token MLP"
     def __init__(self,
         hidden:int=512, # width
@@ -153,23 +185,54 @@ class MLPBaseline(Baseline):
         images:int=32, patches:int=8, # of which a step takes the tokens
         lr:float=5e-3, wd:float=.01,  # highest learning rate, and weight decay
         seed:int=0      # of the initial weights and of the draws
-    ): self.hidden, self.epochs, self.images, self.patches, self.lr, self.wd, self.seed = hidden, epochs, images, patches, lr, wd, seed
+    ):
+        self.hidden, self.epochs, self.images, self.patches = hidden, epochs, images, patches
+        self.lr, self.wd, self.seed = lr, wd, seed
     def _fit(self, train):
         steps, sums = 0, (FeatureStats(), FeatureStats())
         for x, y in _batches(train, shuffle=False):
-            kinds, sums, steps = _same_tokens(x, y), tuple(s + FeatureStats.of(v) for s, v in zip(sums, (x, y))), steps - -len(x)//self.images
-        self.kinds, self.device, self.norms = kinds, x.device, [Normalizer("token", s).to(x.device) for s in sums]
-        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(x.shape[2], self.hidden), nn.GELU(), nn.Linear(self.hidden, y.shape[2])) for _ in kinds).to(x.device)
+            self.kinds, self.device = _same_tokens(x, y, self.prefix), x.device
+            sums = tuple(s + FeatureStats.of(v) for s, v in zip(sums, (x, y)))
+            steps += -(-len(x)//self.images)
+        self.norms = [Normalizer("token", s).to(x.device) for s in sums]
+        self.nets = nn.ModuleList(self._net(x.shape[2], y.shape[2]) for _ in self.kinds).to(x.device)
         opt = torch.optim.AdamW(self.nets.parameters(), self.lr, weight_decay=self.wd, fused=True)
         sched = torch.optim.lr_scheduler.OneCycleLR(opt, self.lr, total_steps=self.epochs*steps + 1)
         for _ in range(self.epochs):
             for batch in _batches(train):
-                for x, y in zip(*(n.encode(v).split(self.images) for n, v in zip(self.norms, batch))): self._step(x, y); opt.step(); opt.zero_grad(); sched.step()
-    def _step(self, x, y):
-        "Gradients of the squared error of each kind, at the CLS token and at a few patches, the same ones of all images"
+                parts = (n.encode(v).split(self.images) for n, v in zip(self.norms, batch))
+                for x, y in zip(*parts): self._step(x, y, opt, sched)
+    def _net(self, c, d):
+        return nn.Sequential(nn.Linear(c, self.hidden), nn.GELU(), nn.Linear(self.hidden, d))
+    def _step(self, x, y, opt, sched):
+        "Squared error of each kind, at the tokens in front and at a few patches, the same ones of all images"
         for net, k in zip(self.nets, self.kinds):
             i = k.start + torch.randperm(k.stop - k.start)[:self.patches].to(x.device)
             (net(x[:, i]) - y[:, i]).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+        sched.step()
     def _predict(self, x):
         x = self.norms[0].encode(x)
         return self.norms[1].decode(torch.cat([net(x[:, k]) for net, k in zip(self.nets, self.kinds)], 1))
+
+# %% ../../nbs/6_judging/02_baselines.ipynb #83cb00e9
+class DiTEstimator:
+    "A network with the interface of the baselines"
+    def __init__(self,
+        model:nn.Module,
+        epochs:int=4, lr:float=3e-3,
+        objective:str="flow", # or "regression": the same network without a flow
+        **options # of `flow_learner`
+    ):
+        self.model, self.epochs, self.name = model, epochs, objective
+        self.options = dict(lr=lr, objective=objective, progress=False, **options)
+    def fit(self, dls):
+        "Train on the loaders"
+        learn = flow_learner(dls, self.model, **self.options)
+        learn.fit_one_cycle(self.epochs)
+        self.pipe = Pipeline.from_learner(learn)
+        return self
+    def generate(self, cond:torch.Tensor, seed:int=0) -> torch.Tensor: # `[B, N, D]`
+        "Target tokens for each conditioning"
+        return self.pipe.generate(cond, seed)
