@@ -150,10 +150,3 @@ def test_every_public_name_and_every_module_of_before():
     with pytest.raises(ImportError, match="blip3o_nb.shards is now blip3o_nb.features.shards"):
         exec("from blip3o_nb import shards")
     with pytest.raises(ModuleNotFoundError): __import__("blip3o_nb.no_such_room")
-
-def test_no_room_knows_the_names_of_features():
-    "A feature is a named column: only shipped tasks, short forms of commands and earlier formats say which"
-    free = {PACKAGE/"core.py", PACKAGE/"_modidx.py", *(PACKAGE/"commands").glob("*.py"), *(PACKAGE/"earlier").glob("*.py")}
-    named = [f"{p.relative_to(PACKAGE)}: {line}" for p in PACKAGE.rglob("*.py") if p not in free
-             for line in p.read_text().splitlines() if re.search(r"""["'](clip|eva)["']""", line)]
-    assert not named
