@@ -17,7 +17,7 @@ import ipywidgets as W, matplotlib.pyplot as plt, numpy as np, torch, torch.nn.f
 from ..files import InputError
 from ..core import Layout, layout_of
 from ..flow.paths import LinearPath, SlerpPath
-from ..flow.samplers import METHODS, VelocityField, evaluating, prediction_of, prepared, sample
+from ..flow.samplers import SOLVERS, VelocityField, evaluating, prediction_of, prepared, sample
 from ..features.images import Unreadable, read_images
 from ..features.shards import FeatureDataset
 from .pipeline import Pipeline
@@ -163,7 +163,7 @@ def _between(info, field, points, method, go):
     for t in torch.linspace(0, 1, points, dtype=torch.float64).tolist():
         k = int((info.times <= t + 1e-9).sum()) - 1
         a, x, last = info.times[k].item(), info.trajectory[k], k == len(info.times) - 2
-        if t - a > 1e-9: x = go(x, METHODS[method].last if last else method, times=[a, t]).trajectory[-1]
+        if t - a > 1e-9: x = go(x, last and SOLVERS[method].last or method, times=[a, t]).trajectory[-1]
         yield x, field.path.sample_from("velocity", field(x, t), x, x.new_tensor([t]))
 
 # %% ../../nbs/5_generation/02_widgets.ipynb #c31b0f7b
@@ -302,12 +302,12 @@ def plot_trace(
 def _flow_controls(pipe, n):
     "The controls of `path_explorer` for a pipeline and `n` images"
     free, tokens = getattr(pipe.model, "null", None) is not None, pipe.target_norm.encoded_shape[0]
-    method = pipe.method if pipe.method in METHODS else "heun"
+    method = pipe.method if pipe.method in SOLVERS else "heun"
     strength = "guidance" if free else "guidance (trained without cond_dropout)"
     shown = [("all tokens", None), ("first token", 0), ("middle token", tokens//2)]
     return dict(
         image=slider("image", 0, 0, n - 1),
-        method=W.Dropdown(options=list(METHODS), value=method, description="solver"),
+        method=W.Dropdown(options=list(SOLVERS), value=method, description="solver"),
         steps=slider("steps", pipe.steps, 1, max(32, pipe.steps)),
         guidance=slider(strength, 1., 0., 4., .5, disabled=not free),
         shown=W.Dropdown(options=shown, index=0, description="way of"),

@@ -239,7 +239,7 @@ class Gauge:
 def test_training_for_long(tmp_path, times, record_property):
     "Checkpoints, monitors, generation, the live plot; the record grows by two numbers a step and a list or two at each look of the monitors, and nothing else does"
     from fastai.callback.core import Callback
-    from blip3o_nb.runs.runs import monitors
+    from blip3o_nb.training import monitors
     epochs, gauge, drawn = times(8, 160), Gauge(), []
     class Look(Callback):
         order, run_valid = 99, False
