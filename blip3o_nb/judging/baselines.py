@@ -17,8 +17,6 @@ from torch import nn
 from ..files import InputError
 from ..core import layout_of
 from ..features.loading import FeatureStats, Normalizer
-from ..training.learner import flow_learner
-from ..generation.pipeline import Pipeline
 
 # %% ../../nbs/6_judging/02_baselines.ipynb #14dbb4c1
 @contextmanager
@@ -229,6 +227,8 @@ class DiTEstimator:
         self.options = dict(lr=lr, objective=objective, progress=False, **options)
     def fit(self, dls):
         "Train on the loaders"
+        from blip3o_nb.generation.pipeline import Pipeline
+        from blip3o_nb.training.learner import flow_learner
         learn = flow_learner(dls, self.model, **self.options)
         learn.fit_one_cycle(self.epochs)
         self.pipe = Pipeline.from_learner(learn)
