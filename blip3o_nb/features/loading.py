@@ -575,7 +575,7 @@ def dataset_loaders(
     task = task_for(task, getattr(splits[0], "columns", ()), where)
     names = task.cond, task.target
     if layout: splits = tuple(InLayout(ds, layout, names) for ds in splits)
-    if lengths_of(splits[0], task.target, [0]) is not None:
+    if lengths_of(splits[0], task.target, torch.arange(len(splits[0]))[:1]) is not None:
         raise InputError(f"{task.target} of {where} holds sequences of unlike length, which can only be the "
                          "conditioning: choose another target")
     if in_memory is None:
