@@ -13,7 +13,7 @@ import math, tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-# %% ../nbs/03_options.ipynb #638b31d1
+# %% ../nbs/03_options.ipynb #b86d71a6
 @dataclass
 class FlowOptions:
     "What is learned: the path, the times, the answer and its loss"
@@ -27,13 +27,13 @@ class FlowOptions:
     shift: float|None = 3.             # of times towards noise, 1 is none; None: sqrt(tokens*width/4096)
     min_noise_level: float = 0.        # least noise in training, 0 to 1
     max_noise_level: float = 1.        # most noise in training
-    loss_space: str|None = None        # where errors are measured: sample, velocity or epsilon; None: as answered
+    loss_space: str|None = None        # of errors: sample, velocity or epsilon; None: as answered
     cls_weight: float = 1.             # weight of the CLS token in the loss, a patch has 1
     velocity_scale: float|None = None  # multiplies the targets of the loss; None: the model's feature_scale
     output_scale: float|None = None    # multiplies the answers; None: the model's feature_scale
     regularization_weight: float = 0.  # of the mean square of the answers
     sphere_constraint_weight: float = 0. # of leaving the sphere, slerp path
-    method: str = "euler"              # solver that samples: euler, heun or another of `flow.samplers.SOLVERS`
+    method: str = "euler"              # solver that samples: euler, heun or another of `SOLVERS`
     steps: int = 4                     # of the solver
 
 @dataclass
@@ -63,54 +63,55 @@ class OptimiserOptions:
     max_grad_norm: float = 1.          # gradients are shortened to it
     ema: float = .999                  # decay of the average of the weights
 
+# %% ../nbs/03_options.ipynb #638b31d1
 @dataclass
 class TrainingConfig:
     "All options of a training"
     embeddings_dir: str = "embeddings" # feature shards, or pickles of earlier work, which are converted first
     output_dir: str = "checkpoints"    # folder of the run
-    recipe: str = ""                   # rae, blip3o or demo; enhanced, grid or universal, programs of earlier work: other defaults for what follows
+    recipe: str = ""                   # of `RECIPES`: other defaults for what follows
     task: str = "clip_generation"      # clip_generation, eva_reproduction, clip_denoising or eva_denoising
-    training_mode: str = ""            # layout that the features must have: cls_patch, patch_only, grid_64; empty: any
+    training_mode: str = ""            # layout of the features: cls_patch, patch_only, grid_64; empty: any
     eval_split: float = .15            # share of the pictures that is held out, by the hash of their keys
     max_shards: int = 0                # train on the first so many shards; 0 is all
     max_samples: int = 0               # train on the first so many pictures; 0 is all
-    overfit_test_size: int = 0         # learn so many pictures by heart and be judged on them; 0 is a real training
+    overfit_test_size: int = 0         # learn so many images by heart, judged on them; 0: a real training
     num_workers: int = 0               # processes that read
-    model_size: str = "base"           # nano, tiny, small, base, large or nextdit
+    model_size: str = NetworkOptions.model_size # nano, tiny, small, base, large or nextdit
     hidden_size: int = 0               # width; 0: of model_size
     num_hidden_layers: int = 0         # 0: of model_size
     num_attention_heads: int = 0       # 0: of model_size
     num_key_value_heads: int = 0       # 0: of model_size
     head_width: int = 0                # of a wide output head; 0: none
-    cond_dropout: float = 0.           # share of pictures that are trained without conditioning, for guidance
-    prediction_type: str = "sample"    # what the network answers: sample, velocity or epsilon
-    objective: str = "flow"            # flow, or regression for the same network without one
+    cond_dropout: float = NetworkOptions.cond_dropout # share trained without conditioning, for guidance
+    prediction_type: str = FlowOptions.prediction_type # what the network answers: sample, velocity or epsilon
+    objective: str = FlowOptions.objective # flow, or regression for the same network without one
     path: str = ""                     # linear or slerp; empty: the task's
     target_norm: str = ""              # none, l2, channel, token or sphere; empty: the task's
-    sigma_min: float = 1e-4            # noise that is left at t=1, linear path
+    sigma_min: float = FlowOptions.sigma_min # noise that is left at t=1, linear path
     sigma_max: float = 0.              # size of the noise at t=0, linear path; 0: that of the targets
-    noise_schedule: str = "uniform"    # how times are drawn: uniform, cosine or logit_normal
-    shift: float = 3.                  # of times towards noise, 1 is none; 0: sqrt(tokens*width/4096)
-    min_noise_level: float = 0.        # least noise in training, 0 to 1
-    max_noise_level: float = 1.        # most noise in training
-    loss_space: str = ""               # where errors are measured: sample, velocity or epsilon; empty: as prediction_type
-    cls_weight: float = 1.             # weight of the CLS token in the loss, a patch has 1
+    noise_schedule: str = FlowOptions.noise_schedule # how times are drawn: uniform, cosine or logit_normal
+    shift: float = FlowOptions.shift # of times towards noise, 1 is none; 0: sqrt(tokens*width/4096)
+    min_noise_level: float = FlowOptions.min_noise_level # least noise in training, 0 to 1
+    max_noise_level: float = FlowOptions.max_noise_level # most noise in training
+    loss_space: str = ""               # of errors: sample, velocity or epsilon; empty: as prediction_type
+    cls_weight: float = FlowOptions.cls_weight # weight of the CLS token in the loss, a patch has 1
     velocity_scale: float = 0.         # multiplies the targets of the loss; 0: the model's feature_scale
     output_scale: float = 0.           # multiplies the answers; 0: the model's feature_scale
-    regularization_weight: float = 0.  # of the mean square of the answers
-    sphere_constraint_weight: float = 0. # of leaving the sphere, slerp path
-    num_epochs: int = 10               # passes over the training pictures
+    regularization_weight: float = FlowOptions.regularization_weight # of the mean square of the answers
+    sphere_constraint_weight: float = FlowOptions.sphere_constraint_weight # of leaving the sphere, slerp path
+    num_epochs: int = OptimiserOptions.num_epochs # passes over the training pictures
     batch_size: int = 32               # pictures a batch and process
-    gradient_accumulation_steps: int = 1 # batches a step
+    gradient_accumulation_steps: int = OptimiserOptions.gradient_accumulation_steps # batches a step
     learning_rate: float = 0.          # peak; 0: by the width, see `width_lr`
-    schedule: str = "warmup_cosine"    # warmup_cosine, one_cycle or constant
-    warmup: float = .03                # share of the steps
-    final_lr: float = .1               # share of the peak at the end, warmup_cosine
-    weight_decay: float = .01          # of matrices
+    schedule: str = OptimiserOptions.schedule # warmup_cosine, one_cycle or constant
+    warmup: float = OptimiserOptions.warmup # share of the steps
+    final_lr: float = OptimiserOptions.final_lr # share of the peak at the end, warmup_cosine
+    weight_decay: float = OptimiserOptions.weight_decay # of matrices
     adam_beta1: float = .9
     adam_beta2: float = .95
-    max_grad_norm: float = 1.          # gradients are shortened to it
-    ema: float = .999                  # decay of the average of the weights
+    max_grad_norm: float = OptimiserOptions.max_grad_norm # gradients are shortened to it
+    ema: float = OptimiserOptions.ema # decay of the average of the weights
     precision: str = "auto"            # auto, fp32, bf16 or fp16
     gradient_checkpointing: bool = False # less memory, a second forward pass
     compile: bool = False              # compile the network
@@ -132,7 +133,9 @@ class TrainingConfig:
     def to_dict(self) -> dict: return asdict(self)
     def _repr_markdown_(self):
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return "\n".join(["| option | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in changed.items()), f"| *{len(fields(self)) - len(changed)} others* | *as by default* |"])
+        rows = [f"| {k} | {v} |" for k, v in changed.items()]
+        others = f"| *{len(fields(self)) - len(changed)} others* | *as by default* |"
+        return "\n".join(["| option | value |", "|---|---|", *rows, others])
 
 # %% ../nbs/03_options.ipynb #6a30c858
 RECIPES = {
