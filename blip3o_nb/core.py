@@ -58,7 +58,7 @@ def get_task(
 ) -> Task:
     "The task of that name; raises `InputError` with the known names, and for a task that cannot be"
     if not isinstance(name, Task) and name not in TASKS:
-        raise InputError(f"unknown task '{name}': choose one of {', '.join(TASKS)}, or give a Task")
+        raise InputError(f"unknown task '{name}': choose one of {', '.join(TASKS)}")
     task = name if isinstance(name, Task) else TASKS[name]
     for column in (task.target, task.cond): check_column(column)
     own = SHIPPED.get(task.name, task)

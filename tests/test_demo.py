@@ -17,7 +17,10 @@ def run(*cmd, cwd): return subprocess.run(list(map(str, cmd)), cwd=cwd, capture_
 
 def wheel_of(folder):
     source = folder/"source" # building leaves files behind
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "_docs", "_proc", "build", "*.egg-info", "nbs", "tests"))
+    source.mkdir()
+    for name in ("pyproject.toml", "settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT/name, source)
+    shutil.copytree(ROOT/"blip3o_nb", source/"blip3o_nb", ignore=shutil.ignore_patterns("__pycache__"))
     r = run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source, cwd=folder)
     assert r.returncode == 0, r.stderr
     return next(folder.glob("*.whl"))

@@ -200,8 +200,10 @@ def test_a_number_that_is_not_finite_stops_both_with_one_line(two):
     assert two.returncode == 1 and set(says) == {"InputError", "Elsewhere"} and says["InputError"] == says["Elsewhere"], two.stderr[-3000:]
     assert says["InputError"].startswith("the loss is nan in step 4, which was not taken: the features of the batch")
     assert "Traceback" not in two.stderr.split("torch/distributed/elastic")[0] # the launcher's own comes after
-    codes = re.findall(r"exitcode\s+: (-?\d+)", two.stderr) # where the launcher looks between the two ends, it ends the second itself
-    assert "2" in codes and set(codes) <= {"2", "-15"}
+    # Where the launcher looks between the two ends, it ends the second itself (-15); torch aborts a process (-6)
+    # whose peer is gone while it takes leave. Both have said their line by then.
+    codes = re.findall(r"exitcode\s+: (-?\d+)", two.stderr)
+    assert "2" in codes and set(codes) <= {"2", "-15", "-6"}
     assert two.ended - float(re.search(r"at (\S+)", two.stderr)[1]) < 60
 
 @pytest.mark.fault("a process of two that stops", "training", "the other ends")
