@@ -194,12 +194,15 @@ def image(self:Pipeline, x) -> Image.Image:
 @patch
 def encoder(self:Pipeline, which:str): # a column
     "The encoder of that feature, loaded from the contract at first use"
-    from blip3o_nb.features.encoders import load_encoder
+    from blip3o_nb.features.encoders import load_encoder, parse_name
     if which not in self.encoders:
         c = self.contract.get(which, {})
         if not all(c.get(k) and c[k] != "unknown" for k in ("model", "stage", "layout")):
             raise InputError(f"the checkpoint does not know which encoder made its {which} features: load it "
                              "and give it to `use`")
+        if parse_name(c["model"])[0] == "python":
+            raise InputError(f"the {which} features are of {c['model']}, and a checkpoint does not start "
+                             f"code: load that encoder and give it to use({which}=)")
         enc = load_encoder(c["model"], stage=c["stage"], layout=c["layout"], device=self.device)
         self.use(**{which: enc})
     return self.encoders[which]
