@@ -69,7 +69,7 @@ def forward_pass(folder, side, bs):
 def ours(folder, pictures, n, out, fast_decode, begin=lambda: None):
     enc = load_encoder(str(folder), device=DEVICE, dtype=fast_dtype(DEVICE))
     begin(); begun = now()
-    extract(pictures, out, enc, enc, bs=16, limit=n, progress=False, fast_decode=fast_decode, shard_size=-(-n//2))
+    extract(pictures, out, {"clip": enc, "eva": enc}, bs=16, limit=n, progress=False, fast_decode=fast_decode, shard_size=-(-n//2))
     return now() - begun
 
 def shared(*args, processes):

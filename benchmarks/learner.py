@@ -78,7 +78,7 @@ def main(quick=False):
     tokens, clip, eva = (16, 32, 64) if quick else (256, 1024, 4096)
     folder, n, every = Path(tempfile.mkdtemp())/"features", 2*bs*len(KINDS) + 16, make_config().monitor_every
     with ShardWriter(folder, {"clip": {"model": "noise"}, "eva": {"model": "noise"}}) as w:
-        w.add_batch([f"{i:05}" for i in range(n)], torch.randn(n, tokens, clip), torch.randn(n, tokens, eva), [""]*n, [""]*n)
+        w.add_batch([f"{i:05}" for i in range(n)], {"clip": torch.randn(n, tokens, clip), "eva": torch.randn(n, tokens, eva)}, [""]*n, [""]*n)
     results = dict(batch=bs, turns=turns, monitored_every=every)
     for precision in ("fp32", "bf16") if has_bf16(DEVICE) else ("fp32",):
         pairs, flops, probe_every = steps(folder, precision, bs, turns, **(dict(model_size="nano") if quick else {}))

@@ -21,7 +21,7 @@ def make(folder, gb):
     with ShardWriter(folder, {k: {"model": "noise"} for k in SHAPES}) as w:
         for i in range(0, int(gb*1e9/SAMPLE), 256):
             keys = [f"{k:08d}" for k in range(i, i + 256)]
-            w.add_batch(keys, **block, captions=[""]*256, image_hashes=[""]*256)
+            w.add_batch(keys, block, captions=[""]*256, image_hashes=[""]*256)
     return time.perf_counter() - begun
 
 def status(name): # MB
@@ -87,11 +87,10 @@ def readers(ds, folder, order):
     from safetensors import safe_open
     from blip3o_nb.features.shards import FeatureDataset
     unchecked, names = FeatureDataset(folder), tuple(SHAPES)
-    unchecked._sums = [{} for _ in unchecked._sums]
-    maps = [safe_open(ds.folder/s["file"], "pt") for s in ds.manifest["shards"]]
-    views = [{k: f.get_tensor(k) for k in SHAPES} for f in maps]
+    for rows in unchecked._of.values(): rows.sums = [{} for _ in rows.sums]
+    views = {c: [safe_open(f, "pt").get_tensor("tokens") for f, *_ in ds._of[c].files] for c in names}
     def mapped(names, idxs):
-        for k in names: torch.stack([views[i][k][j] for i, j in ds._where[idxs].tolist()])
+        for c in names: torch.stack([views[c][i][j] for i, j in zip(*divmod(idxs.numpy(), len(views[c][0])))])
     def epoch(read):
         for idxs in order: read(names, idxs)
     return {"FeatureDataset.stored": lambda: epoch(ds.stored),

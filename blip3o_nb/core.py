@@ -6,8 +6,9 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['TASKS', 'SHIPPED', 'HELD_OUT', 'Task', 'check_column', 'get_task', 'Layout', 'layout_of', 'to_layout', 'pool_grid',
-           'expand_t', 'key_fraction', 'is_held_out', 'seed_everything', 'named_generator', 'tensor_seal',
-           'save_tensors', 'load_tensors', 'ranks', 'reading_ahead', 'toy_features', 'Config']
+           'expand_t', 'key_fraction', 'is_held_out', 'leak_check', 'seed_everything', 'named_generator', 'tensor_seal',
+           'save_tensors', 'load_tensors', 'row_checksums', 'TensorRows', 'ranks', 'reading_ahead', 'toy_features',
+           'Config']
 
 # %% ../nbs/01_core.ipynb #01fbdc5a
 import hashlib, json, os, random, re, sys
@@ -142,6 +143,23 @@ def is_held_out(key:str, share:float=HELD_OUT) -> bool:
     "Whether an image is kept from training"
     return key_fraction(key) < share
 
+# %% ../nbs/01_core.ipynb #269206ec
+def leak_check(
+    train, held_out # two sides of a set, each with `keys` and `image_hashes`
+) -> dict: # how many of each were compared
+    "Raises `InputError` if a key, a key family or an image is in both"
+    counts = {}
+    sides = {"key": lambda d: d.keys, "key family": lambda d: [k.split("~")[0] for k in d.keys],
+             "image hash": lambda d: d.image_hashes}
+    for what, of in sides.items():
+        a, b = set(of(train)) - {""}, set(of(held_out)) - {""}
+        if both := sorted(a & b):
+            many = f"{len(both)} {what}{'s' if len(both) > 1 else ''}"
+            raise InputError(f"{many} in both the training and the held-out split, first '{both[0]}': drop "
+                             "the copies, or give them one family (name~1, name~2), and extract again")
+        counts[what] = (len(a), len(b))
+    return counts
+
 # %% ../nbs/01_core.ipynb #5c4446dd
 def seed_everything(
     seed:int # any integer
@@ -207,6 +225,58 @@ def load_tensors(path:str|Path) -> tuple: # (name -> tensor, metadata)
         raise InputError(f"{path} does not match its seal: it was damaged after writing; restore it, "
                          "or delete it and make it again")
     return tensors, metadata
+
+# %% ../nbs/01_core.ipynb #b97174b8
+def row_checksums(x:torch.Tensor) -> str: # 16 hexadecimal digits for each row
+    return "".join(xxhash.xxh3_64_hexdigest(row) for row in x.flatten(1).view(torch.uint8).numpy())
+
+class TensorRows:
+    "Rows of tensors in several safetensors files, which are mapped when one of their rows is first asked for"
+    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8"}
+    most = 128 # files that are mapped at a time
+    def __init__(self,
+        files:list, # of each file: path, name of its tensors, rows, and what follows the name -> checksums
+        kinds:dict  # what follows the name -> (dtype, shape of a row)
+    ):
+        self.files, self.kinds, self._open = files, kinds, {}
+        self.starts = np.cumsum([0] + [n for _, _, n, _ in files])
+        def numbers(sums): return {k: np.frombuffer(bytes.fromhex(v), ">u8") for k, v in sums.items()}
+        self.sums = [numbers(sums) for *_, sums in files]
+
+    def __getstate__(self): return self.__dict__ | {"_open": {}}
+    def views(self, i):
+        "The tensors of a file; raises `InputError` where it cannot be read, or holds others"
+        if i in self._open: return self._open[i]
+        path, name, n, _ = self.files[i]
+        try:
+            f = safe_open(path, "pt")
+            views = {k: f.get_slice(name + k) for k in self.kinds}
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"cannot read {path}: {e}; restore it, or make it again elsewhere") from e
+        for k, (dtype, shape) in self.kinds.items():
+            if (views[k].get_dtype(), views[k].get_shape()) != (self.names[dtype], [n, *shape]):
+                raise InputError(f"{path} does not hold what is said of it: restore it, or make it again "
+                                 "elsewhere")
+        for old in list(self._open)[:len(self._open) + 1 - self.most]: self._open.pop(old, None)
+        self._open[i] = views
+        return views
+
+    def read(self,
+        rows,      # `[B]`, counted through all files
+        called=str # position in `rows` -> what a message calls the row
+    ) -> dict: # what follows the name -> `[B, ...]`
+        "These rows, each compared with its checksum; raises `InputError` for one that was damaged"
+        out = {k: torch.empty(len(rows), *shape, dtype=d) for k, (d, shape) in self.kinds.items()}
+        raw = {k: x.flatten(1).view(torch.uint8).numpy() for k, x in out.items()}
+        for b, i in enumerate(np.searchsorted(self.starts, rows, "right") - 1):
+            j = int(rows[b] - self.starts[i])
+            for k, view in self.views(int(i)).items():
+                out[k][b] = view[j]
+                if k in self.sums[i] and self.sums[i][k][j] != xxhash.xxh3_64_intdigest(raw[k][b]):
+                    path, name, *_ = self.files[i]
+                    raise InputError(f"{path} does not match its checksums: the {name}{k} of '{called(b)}' "
+                                     "were damaged after writing; restore it, or make it again elsewhere")
+        return out
 
 # %% ../nbs/01_core.ipynb #51515727
 def ranks() -> tuple: # (rank, number of processes)

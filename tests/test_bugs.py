@@ -27,7 +27,7 @@ def features(tmp_path_factory):
     "Toy features as shards: 64 training pictures and a few held out"
     from blip3o_nb.features.shards import ShardWriter
     folder, toy = tmp_path_factory.mktemp("zoo")/"toy", toy_features(90)
-    with ShardWriter(folder, {"clip": {}, "eva": {}}, dtype="fp32", shard_size=32) as w: w.add_batch(toy["keys"], toy["clip"], toy["eva"], [""]*90, [""]*90)
+    with ShardWriter(folder, {"clip": {}, "eva": {}}, dtype="fp32", shard_size=32) as w: w.add_batch(toy["keys"], {"clip": toy["clip"], "eva": toy["eva"]}, [""]*90, [""]*90)
     return folder
 
 def learner(features, bs=16, cbs=(), **kw):

@@ -9,7 +9,7 @@ def folder_of(root):
     from blip3o_nb.core import toy_features
     from blip3o_nb.features.shards import ShardWriter
     toy = toy_features(190)
-    with ShardWriter(root/"set", {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}, dtype="fp32") as w: w.add_batch(toy["keys"], toy["clip"], toy["eva"], toy["captions"], [""]*190)
+    with ShardWriter(root/"set", {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}, dtype="fp32") as w: w.add_batch(toy["keys"], {"clip": toy["clip"], "eva": toy["eva"]}, toy["captions"], [""]*190)
 
 def learner(root, bs, *cbs, seed=0, **kw):
     "AdamW, average, clipping and dropout of the conditioning are on"

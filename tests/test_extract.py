@@ -5,86 +5,135 @@ import pytest
 
 PICTURES, RUN = 68, dict(shard_size=16, bs=8, progress=False)
 
-def files(folder): return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir())}
+def files(folder):
+    folder = Path(folder)
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
-# What a killed process had just done, as its folder shows it. A shard is written in the writer's own folder, then named, then listed.
+def shards(out): return [p for p in out.rglob("shard-*.safetensors")] if out.exists() else []
+
+# What a killed process had just done, as its folder shows it. The samples of a number are listed, then each column gets
+# its shard, which is written in the writer's own folder and then named, and then its entry.
 MOMENTS = {
     "the writer's folder is there": lambda d: any(d.glob(".writing-*")),
+    "samples are listed": lambda d: (d/"samples/part-00001.json").exists(),
     "a shard is being written": lambda d: any(d.glob(".writing-*/.shard-00001*")),
-    "a shard has its name": lambda d: (d/"shard-00002.safetensors").exists(),
-    "a shard has its entry": lambda d: (d/"shard-00001.json").exists(),
-    "the last shard has its entry": lambda d: (d/f"shard-{PICTURES//16:05d}.json").exists(),
-    "the manifest is being written": lambda d: any(d.glob(".writing-*/.manifest*")) and (d/"shard-00002.json").exists(),
+    "a shard has its name": lambda d: (d/"clip/shard-00002.safetensors").exists(),
+    "a shard of one column has its entry": lambda d: (d/"clip/shard-00001.json").exists(),
+    "the last shard has its entry": lambda d: (d/f"eva/shard-{PICTURES//16:05d}.json").exists(),
+    "what was skipped is being listed": lambda d: any(d.glob(".writing-*/.skipped.json*")),
 }
 
-def driver(root):
-    "Forks processes that extract, and kills them; run in a process of its own, which uses one thread so that it may fork"
-    from blip3o_nb.files import data_path
-    from blip3o_nb.features.encoders import load_encoder
-    from blip3o_nb.features.extract import extract
-    from blip3o_nb.features.images import read_images
-    clip, eva, shipped = load_encoder("tiny-clip", device="cpu"), load_encoder("tiny-eva", device="cpu"), read_images(data_path("openclipart.tar.gz"))
-    pictures = root/"pictures"; pictures.mkdir()
-    for i in range(PICTURES): (pictures/f"{i:03d}.webp").write_bytes(b"broken" if i % 30 == 7 else shipped.files(i)["webp"])
-
-    def start(out, rank=0, world=1, **kw):
+class Driver:
+    "Forks processes that extract, and kills them; in a process of its own, which uses one thread so that it may fork"
+    def __init__(self, root):
+        from blip3o_nb.files import data_path
+        from blip3o_nb.features.encoders import load_encoder
+        from blip3o_nb.features.images import read_images
+        self.root, self.report, self.pictures = root, {}, root/"pictures"
+        self.encoders = {n: load_encoder(f"tiny-{n}", device="cpu") for n in ("clip", "eva")}
+        shipped = read_images(data_path("openclipart.tar.gz"))
+        self.pictures.mkdir()
+        for i in range(PICTURES):
+            data = b"broken" if i % 30 == 7 else shipped.files(i)["webp"]
+            (self.pictures/f"{i:03d}.webp").write_bytes(data)
+    def start(self, out, rank=0, world=1, columns=("clip", "eva"), **kw):
+        from blip3o_nb.features.extract import extract
         if pid := os.fork(): return pid
         code = 1
         try:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world)); sys.stdout = open(os.devnull, "w")
-            extract(pictures, out, clip, eva, **RUN, **kw); code = 0
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+            sys.stdout = open(os.devnull, "w")
+            extract(self.pictures, out, {c: self.encoders[c] for c in columns}, **RUN, **kw)
+            code = 0
         finally: os._exit(code)
-    def ended(pid):
-        done, status = os.waitpid(pid, os.WNOHANG)
-        return bool(done) and (status,)
-    def kill_when(pid, moment, limit=60):
+    def kill_when(self, pid, moment, limit=60):
         "Whether it was killed before it ended"
         begun = time.time()
         while time.time() - begun < limit:
-            if ended(pid): return False
+            if os.waitpid(pid, os.WNOHANG)[0]: return False
             try: now = moment()
             except FileNotFoundError: now = False # a folder that goes while it is looked at
-            if now: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0); return True
+            if now:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return True
         raise TimeoutError
-    def finish(*pids): return [os.waitpid(p, 0)[1] for p in pids]
+    def finish(self, *pids): return [os.waitpid(p, 0)[1] for p in pids]
+    def compare(self, name, out, killed=None, **kw):
+        "Go on in a folder, and compare it with that of an undisturbed run"
+        left = len(shards(out))
+        again = self.finish(self.start(out, **kw))[0]
+        self.report[name] = dict(killed=killed, left=left, again=again, same=files(out) == files(self.root/"whole"))
+    def single(self):
+        begun = time.time()
+        assert self.finish(self.start(self.root/"whole")) == [0]
+        took, rng = time.time() - begun, random.Random(0)
+        moments = {**MOMENTS, **{f"at {s:.2f} of the time": s for s in sorted(rng.uniform(.3, .95) for _ in range(3))}}
+        for k, (name, m) in enumerate(moments.items()):
+            out, begun = self.root/f"killed{k}", time.time()
+            def now(): return m(out) if callable(m) else time.time() - begun > m*took
+            self.compare(name, out, self.kill_when(self.start(out, num_workers=2*(k % 2)), now))
+        out = self.root/"often" # one folder, killed again and again
+        kills = sum(self.kill_when(self.start(out), (out/f"eva/shard-{n:05d}.safetensors").exists) for n in range(4))
+        self.compare("four times in one folder", out, kills == 4)
+    def columns(self):
+        "A column that is added: alone, killed, and beside another process"
+        out = self.root/"added"
+        assert self.finish(self.start(out, columns=["eva"])) == [0]
+        first = files(out)
+        for n in range(3):
+            killed = self.kill_when(self.start(out, columns=["clip"]), (out/f"clip/shard-{n:05d}.json").exists)
+            kept = all(files(out).get(k) == v for k, v in first.items())
+            self.report[f"a column is added, killed at {n}"] = dict(killed=killed and kept)
+        self.compare("a column is added, killed three times", out, columns=["clip"])
+        self.report["the first column"] = dict(same=all(files(out)[k] == v for k, v in first.items()))
+        out = self.root/"at once"
+        assert self.finish(*(self.start(out, columns=[c]) for c in self.encoders)) == [0, 0]
+        self.report["two columns at once"] = dict(same=files(out) == files(self.root/"whole"))
+        out = self.root/"one of two columns"
+        pids = [self.start(out, columns=[c]) for c in self.encoders]
+        killed = self.kill_when(pids[1], (out/"eva/shard-00001.json").exists)
+        self.finish(pids[0])
+        self.compare("one of two columns dies", out, killed, columns=["eva"])
+    def ranks(self):
+        out = self.root/"two"
+        assert self.finish(self.start(out, 0, 2), self.start(out, 1, 2)) == [0, 0]
+        self.report["two ranks"] = dict(same=files(out) == files(self.root/"whole"))
+        out = self.root/"one_dies"
+        pids = [self.start(out, r, 2) for r in range(2)]
+        killed = self.kill_when(pids[1], (out/"eva/shard-00001.json").exists)
+        self.finish(pids[0])
+        self.compare("one rank of two dies, one process takes over", out, killed)
 
-    begun = time.time(); assert finish(start(root/"whole")) == [0]; took = time.time() - begun
-    report, rng = {}, random.Random(0)
-    moments = {**MOMENTS, **{f"at {s:.2f} of the time": s for s in sorted(rng.uniform(.3, .95) for _ in range(3))}}
-    for k, (name, m) in enumerate(moments.items()):
-        out = root/f"killed{k}"; begun = time.time()
-        killed = kill_when(start(out, num_workers=2*(k % 2)), (lambda: m(out)) if callable(m) else (lambda: time.time() - begun > m*took))
-        left = sorted(p.name for p in out.glob("shard-*.safetensors")) if out.exists() else []
-        report[name] = dict(killed=killed, left=len(left), again=finish(start(out))[0], same=files(out) == files(root/"whole"))
-    out = root/"often" # one folder, killed again and again
-    kills = sum(kill_when(start(out), lambda n=n: (out/f"shard-{n:05d}.safetensors").exists()) for n in (0, 1, 2, 3))
-    report["four times in one folder"] = dict(killed=kills == 4, left=len(list(out.glob("shard-*.safetensors"))), again=finish(start(out))[0], same=files(out) == files(root/"whole"))
-    assert finish(start(root/"two", 0, 2), start(root/"two", 1, 2)) == [0, 0]
-    report["two ranks"] = dict(same=files(root/"two") == files(root/"whole"))
-    out, pids = root/"one_dies", [start(root/"one_dies", r, 2) for r in range(2)]
-    killed = kill_when(pids[1], lambda: (out/"shard-00001.json").exists()); finish(pids[0])
-    left = len(list(out.glob("shard-*.safetensors")))
-    report["one rank of two dies, one process takes over"] = dict(killed=killed, left=left, again=finish(start(out))[0], same=files(out) == files(root/"whole"))
-    (root/"report.json").write_text(json.dumps(report))
+def driver(root):
+    d = Driver(root)
+    for part in (d.single, d.columns, d.ranks): part()
+    (root/"report.json").write_text(json.dumps(d.report))
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     root = tmp_path_factory.mktemp("extract")
-    r = subprocess.run([sys.executable, __file__, str(root)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400)
+    r = subprocess.run([sys.executable, __file__, str(root)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                       capture_output=True, text=True, timeout=400)
     assert r.returncode == 0, r.stderr[-2000:]
     return json.loads((root/"report.json").read_text())
 
 @pytest.mark.slow # test_kills has a shorter one
-@pytest.mark.fault("kill -9 at chosen moments: staging, shard, entry, manifest, one process of two", "extraction", "the same files, byte for byte")
+@pytest.mark.fault("kill -9 at chosen moments: samples, staging, shard, entry, an added column, one process of two",
+                   "extraction", "the same files, byte for byte")
 def test_killed_at_any_moment_and_resumed_the_set_is_the_same(report, record_property):
-    kills = {k: v for k, v in report.items() if "killed" in v}
-    record_property("provoked", sum(v["killed"] for v in kills.values()))
-    wrong = {k: v for k, v in kills.items() if not (v["again"] == 0 and v["same"])}
-    assert not wrong
-    assert sum(v["killed"] for v in kills.values()) >= 5, kills # the others ended before their moment came, or was seen
-    lasting = ("the writer's folder is there", "a shard has its name", "a shard has its entry")
+    kills = {k: v for k, v in report.items() if "left" in v}
+    record_property("provoked", sum(bool(v["killed"]) for v in kills.values()))
+    assert not {k: v for k, v in kills.items() if v["again"] or not v["same"]}
+    assert sum(bool(v["killed"]) for v in kills.values()) >= 6, kills # the others ended before their moment came
+    lasting = ("the writer's folder is there", "samples are listed", "a shard has its name")
     assert all(kills[m]["killed"] for m in lasting), kills
     assert len({v["left"] for v in kills.values() if v["killed"]}) > 2 # they died at different places
+
+@pytest.mark.slow # 3_features/05_extract adds columns in one process
+def test_a_column_is_added_and_the_others_stay(report):
+    killed = [v["killed"] for k, v in report.items() if k.startswith("a column is added, killed at")]
+    assert any(killed) and report["the first column"]["same"] and report["two columns at once"]["same"], report
 
 @pytest.mark.slow # test_torchrun_splits_the_work compares with one process, too
 def test_two_ranks_make_the_set_of_one(report): assert report["two ranks"]["same"]
@@ -94,22 +143,22 @@ def test_a_full_disk_keeps_what_is_complete(tmp_path, encoders, pictures):
     from blip3o_nb.files import InputError
     from blip3o_nb.features.extract import extract
     from blip3o_nb.features.shards import FeatureDataset
-    whole = extract(pictures, tmp_path/"whole", *encoders, **RUN)
-    size = (tmp_path/"whole"/"shard-00000.safetensors").stat().st_size
-    extract(pictures, tmp_path/"full", *encoders, limit=16, **RUN)
+    whole = extract(pictures, tmp_path/"whole", encoders, **RUN)
+    size = (tmp_path/"whole"/"clip"/"shard-00000.safetensors").stat().st_size
+    extract(pictures, tmp_path/"full", encoders, limit=16, **RUN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size//2, hard))
     try:
-        with pytest.raises(InputError, match="free some space"): extract(pictures, tmp_path/"full", *encoders, **RUN)
+        with pytest.raises(InputError, match="free some space"): extract(pictures, tmp_path/"full", encoders, **RUN)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert FeatureDataset(tmp_path/"full").keys == whole.keys[:16] and FeatureDataset(tmp_path/"full").verify() == 1
-    extract(pictures, tmp_path/"full", *encoders, **RUN)
+    assert FeatureDataset(tmp_path/"full").keys == whole.keys[:16] and FeatureDataset(tmp_path/"full").verify() == 2
+    extract(pictures, tmp_path/"full", encoders, **RUN)
     assert FeatureDataset(tmp_path/"full").keys == whole.keys
 
 @pytest.fixture(scope="module")
 def encoders():
     from blip3o_nb.features.encoders import load_encoder
-    return load_encoder("tiny-clip", device="cpu"), load_encoder("tiny-eva", device="cpu")
+    return {n: load_encoder(f"tiny-{n}", device="cpu") for n in ("clip", "eva")}
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
@@ -125,8 +174,8 @@ def test_a_reader_that_dies_while_the_towers_work_is_one_line(tmp_path, encoders
     from blip3o_nb.features.extract import extract
     def tokens(pixels): # torch's signal handler raises here, not where the next batch is asked for
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL); time.sleep(20)
-    monkeypatch.setattr(encoders[0], "tokens", tokens)
-    with pytest.raises(InputError, match="fewer num_workers"): extract(pictures, tmp_path/"out", *encoders, num_workers=1, **RUN)
+    monkeypatch.setattr(encoders["clip"], "tokens", tokens)
+    with pytest.raises(InputError, match="fewer num_workers"): extract(pictures, tmp_path/"out", encoders, num_workers=1, **RUN)
 
 def test_a_reader_that_dies_while_a_thread_starts_is_one_line(monkeypatch):
     import _thread, threading
@@ -188,9 +237,9 @@ def test_torchrun_splits_the_work(tmp_path, encoders, pictures):
     r = subprocess.run([Path(sys.executable).parent/"torchrun", "--nproc-per-node", "2", "--no-python", Path(sys.executable).parent/"blip3o_extract", "--out", tmp_path/"two", *args],
                        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stderr[-2000:]
-    extract(pictures, tmp_path/"one", *encoders, **RUN)
+    extract(pictures, tmp_path/"one", encoders, **RUN)
     one, two = FeatureDataset(tmp_path/"one"), FeatureDataset(tmp_path/"two")
-    assert [p.name for p in sorted(one.folder.iterdir())] == [p.name for p in sorted(two.folder.iterdir())] and one.keys == two.keys
+    assert files(one.folder).keys() == files(two.folder).keys() and one.keys == two.keys
     assert torch.cosine_similarity(one.column("eva"), two.column("eva"), dim=-1).min() > .99999 # the processes ran with another number of threads
 
 def online(root):
@@ -204,7 +253,7 @@ def online(root):
     from blip3o_nb.features.extract import online_dls
     from blip3o_nb.runs.runs import GenerationCallback
     with processes("cpu"):
-        dls = online_dls(root/"pictures", load_encoder("tiny-clip", device="cpu"), load_encoder("tiny-eva", device="cpu"), bs=4, num_workers=1)
+        dls = online_dls(root/"pictures", {"clip": load_encoder("tiny-clip", device="cpu"), "eva": load_encoder("tiny-eva", device="cpu")}, bs=4, num_workers=1)
         seed_everything(0)
         model = BLIP3oDiT(BLIP3oDiTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
                                           num_tokens=65, clip_embedding_size=192, eva_embedding_size=256))

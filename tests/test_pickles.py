@@ -300,7 +300,7 @@ def test_file_of_torch_is_mapped(tmp_path):
 
 @pytest.fixture
 def shards(tmp_path):
-    with ShardWriter(tmp_path/"shards", {"clip": {"model": "a"}, "eva": {"model": "b"}}, shard_size=8) as w: w.add_batch(TOY["keys"], TOY["clip"], TOY["eva"], TOY["captions"], [""]*30)
+    with ShardWriter(tmp_path/"shards", {"clip": {"model": "a"}, "eva": {"model": "b"}}, shard_size=8) as w: w.add_batch(TOY["keys"], {"clip": TOY["clip"], "eva": TOY["eva"]}, TOY["captions"], [""]*30)
     return tmp_path/"shards"
 
 def files(folder): return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
@@ -349,7 +349,7 @@ def test_reduced_layouts_say_so(shards, tmp_path):
 
 @pytest.mark.fault("contract whose layout is a path", "conversion", "no file leaves the folder")
 def test_contract_in_a_file_cannot_name_a_path(shards, tmp_path):
-    with ShardWriter(tmp_path/"odd", {"clip": {"layout": "../../x"}, "eva": {}}) as w: w.add_batch(TOY["keys"], TOY["clip"], TOY["eva"], [""]*30, [""]*30)
+    with ShardWriter(tmp_path/"odd", {"clip": {"layout": "../../x"}, "eva": {}}) as w: w.add_batch(TOY["keys"], {"clip": TOY["clip"], "eva": TOY["eva"]}, [""]*30, [""]*30)
     assert [f.name for f in convert(tmp_path/"odd", tmp_path/"p", to="pickles")["files"]] == ["embeddings_shard_00000_cls_patch.pkl"]
 
 @pytest.mark.fault("one key for two pictures, in two files", "conversion", "refused in one line; what is stored stays")

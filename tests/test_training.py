@@ -14,7 +14,7 @@ SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key
 def features(tmp_path_factory):
     folder, toy = tmp_path_factory.mktemp("training")/"features", toy_features(400)
     with ShardWriter(folder, {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}, dtype="fp32") as w:
-        w.add_batch(toy["keys"], toy["clip"], toy["eva"], toy["captions"], [""]*400)
+        w.add_batch(toy["keys"], {"clip": toy["clip"], "eva": toy["eva"]}, toy["captions"], [""]*400)
     return folder
 
 def in_child(features, out, kill=None):

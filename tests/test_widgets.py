@@ -25,7 +25,7 @@ def small(folder, task):
             return torch.stack([torch.randn(32, generator=named_generator(*sorted(t))) for t in texts])
     toy, task = toy_features(12), get_task(task)
     with ShardWriter(folder, {n: {"model": f"toy-{n}"} for n in ("clip", "eva")}) as w:
-        w.add_batch(toy["keys"], toy["clip"], toy["eva"], toy["captions"], [""]*12)
+        w.add_batch(toy["keys"], {"clip": toy["clip"], "eva": toy["eva"]}, toy["captions"], [""]*12)
     ds = FeatureDataset(folder)
     torch.manual_seed(0)
     sizes = dict(num_tokens=17, clip_embedding_size=32, eva_embedding_size=48, task=task.name)

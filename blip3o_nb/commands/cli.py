@@ -96,7 +96,7 @@ def blip3o_demo(
     encoders = [load_encoder(n, device=device or None) for n in (clip, eva)]
     check_folder(out)
     if fresh: clear(out)
-    extract(images, out/"features", *encoders, limit=limit or None)
+    extract(images, out/"features", dict(zip(("clip", "eva"), encoders)), limit=limit or None)
     for n, objective in (("checkpoint", "flow"), ("regression", "regression")):
         if n in done: print(f"{n}: there already, reused")
         else: train_step(out/n, out/"features", task, options, objective)
@@ -154,7 +154,7 @@ def blip3o_extract(
     trust = dict(trust_remote_code=True, revision=revision or None) if trust_remote_code else {}
     encoders = [load_encoder(n, stage, layout, device or None, precision, compile=compile, **t) for n, t in ((clip, {}), (eva, trust))]
     check_folder(out)
-    ds = extract(source, out, *encoders, bs=bs, dtype=dtype, limit=limit or None, shard_size=shard_size, num_workers=num_workers, fast_decode=fast_decode, retry=retry)
+    ds = extract(source, out, dict(zip(("clip", "eva"), encoders)), bs=bs, dtype=dtype, limit=limit or None, shard_size=shard_size, num_workers=num_workers, fast_decode=fast_decode, retry=retry)
     if ranks()[0]: return
     print(f"{len(ds):,} samples in {out}: clip {list(ds.shape('clip'))}, eva {list(ds.shape('eva'))}, {stage}, {layout}, {dtype}")
     if not all(e.pools_exactly for e in encoders): print("image embeddings of these tokens will be means of patches, which find captions far less well; --layout cls_patch keeps the CLS token")
@@ -200,7 +200,9 @@ def blip3o_convert(
 ):
     "Convert between feature shards and pickles, or verify a set of shards"
     from blip3o_nb.files import InputError
-    from blip3o_nb.features.shards import MANIFEST, FeatureDataset, leak_check
+    from blip3o_nb.core import leak_check
+    from blip3o_nb.features.sets import MANIFEST
+    from blip3o_nb.features.shards import FeatureDataset
     if verify:
         ds = FeatureDataset(src)
         shards, sides = ds.verify(), leak_check(FeatureDataset(src, "train"), FeatureDataset(src, "held_out"))["key"]

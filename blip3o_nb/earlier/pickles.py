@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 import numpy as np, torch
 from ..core import layout_of, to_layout
-from ..features.shards import FeatureDataset, ShardWriter, read_manifest
+from ..features.shards import FeatureDataset, ShardWriter
 from ..files import InputError, atomic_path, read_json, write_json
 
 # %% ../../nbs/9_earlier/01_pickles.ipynb #aa5b4053
@@ -357,7 +357,7 @@ def _unseen(s, f, layout, have, row):
                                      "with other features: give each picture a key of its own, or choose "
                                      "another folder")
         for i, k in enumerate(x["keys"]):
-            if k not in row: yield [k], x["clip"][i:i+1], x["eva"][i:i+1], [x["captions"][i]], [""]
+            if k not in row: yield [k], {n: x[n][i:i+1] for n in ("clip", "eva")}, [x["captions"][i]], [""]
 
 def _to_shards(src, dst, dtype, shard_size, contract, layout):
     dst, source, w, new, skipped = Path(dst), {}, None, 0, 0
@@ -374,7 +374,6 @@ def _to_shards(src, dst, dtype, shard_size, contract, layout):
             if w is None:
                 w, first, about = stack.enter_context(ShardWriter(dst, c, dtype=dtype or "bf16", shard_size=shard_size)), f, c
                 if w.done: # a run that was killed may have left shards that the manifest does not list
-                    w.publish()
                     have = FeatureDataset(dst)
                     row = {k: i for i, k in enumerate(have.keys)}
             _same_kind(c, about, f, first)
@@ -390,7 +389,7 @@ def _to_shards(src, dst, dtype, shard_size, contract, layout):
             skipped += n - (new - before)
             s = sample = None # before the next file is read
             with _writing(dst/_LOG): write_json(dst/_LOG, log)
-    return dict(new=new, skipped=skipped, files=[dst/p["file"] for p in read_manifest(dst)["shards"]])
+    return dict(new=new, skipped=skipped, files=list(FeatureDataset(dst).files()))
 
 def _same_kind(c, about, f, first):
     "Raise `InputError` where a pickle holds other features than the first one"
@@ -428,7 +427,7 @@ def _to_pickles(src, dst, dtype, shard_size, contract, layout):
     ds, dst, new, files = FeatureDataset(src), Path(dst), 0, []
     parts = torch.arange(len(ds)).split(shard_size)
     first = _seed_dict(ds, parts[0][:1], 0, layout, dtype)["config"]
-    sums = sha256("".join(s["sha256"] for s in ds.manifest["shards"]).encode()).hexdigest()
+    sums = sha256("".join(ds.files().values()).encode()).hexdigest()
     keys = sha256("\n".join(ds.keys).encode()).hexdigest()
     asked = dict(keys=keys, features=sums, dtype=dtype, shard_size=shard_size, **first)
     if any(dst.glob("embeddings_shard_*.pkl")) and not (dst/_LOG).exists():

@@ -1,4 +1,4 @@
-"""Turn pictures into feature shards: both towers in one pass, from one process or many, bad pictures listed, and the same bytes however often the run was killed.
+"""Turn images into columns of features: one encoder at a time or several in one pass, from one process or many, bad images listed, and the same bytes however often the run was killed.
 
 Docs: https://blip3o-nb.github.io/blip3o_nb/3_features/extract.html.md"""
 
@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from ..core import HELD_OUT, Task, get_task, is_held_out, ranks, reading_ahead
 from .images import ImageSource, Unreadable, caption_of, read_images
 from .loading import Batch, FeatureStats, task_loaders
-from .shards import DTYPES, FeatureDataset, ShardWriter
+from .sets import DTYPES, read_set
+from .shards import FeatureDataset, ShardWriter
 from ..files import InputError
 
 # %% ../../nbs/3_features/05_extract.ipynb #6a8e970d
@@ -32,21 +33,48 @@ def same_pixels(
 # %% ../../nbs/3_features/05_extract.ipynb #b767c8c9
 def _hash(keys): return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
 
+def _lacking(w, keys, at, retry):
+    "Of parts that are there: number -> (images, columns without a shard); and other keys that a column lacks"
+    runs, rest, wanted = {}, set(), set(keys)
+    for n, part in w.parts.items():
+        lacks = {c: {k for k in part["keys"] if k not in held} for c, held in w.held.items()}
+        columns = [c for c, keys in lacks.items() if keys and n not in w.shards[c]]
+        if columns and wanted & set(part["keys"]):
+            there = [k for k in (*part["keys"], *part["skipped"]) if k in at]
+            runs[n] = sorted(there, key=at.get), columns
+        for c in lacks.keys() - columns:
+            known = w.shards[c].values() if lacks[c] and not retry else ()
+            rest |= lacks[c].difference(*(s["skipped"] for s in known))
+    return runs, rest
+
 def plan_shards(
     w:ShardWriter, # opened on the folder, its shard size known
-    keys:list,     # of all pictures
+    keys:list,     # of the images that are wanted
+    at:dict,       # keys of all images -> their positions
     retry:bool=False # plan those that were skipped once more
-) -> tuple: # (the plan, {number of a shard: its keys}, those that are missing only)
-    "Which pictures go into which shards: the plan of the shards that are there, or a new one for the keys that are in none"
-    plan = max((p["plan"] for p in w.parts.values() if p.get("plan")), key=lambda p: p["first"], default=None)
-    def known(before): return {k for n, p in w.parts.items() if n < before for k in (*w.held.get(n, ()), *(() if retry else p.get("skipped", ())))}
-    if plan: early = known(plan["first"]); planned = [k for k in keys if k not in early]
-    if retry or not plan or plan["shard_size"] != w.shard_size or plan["keys"] != _hash(planned):
-        stored = known(float("inf")) if w.done else set() # where nothing could be read at all, everything is tried again
-        planned = [k for k in keys if k not in stored]
-        plan = dict(first=max(w.parts, default=-1) + 1 if w.done else 0, pictures=len(planned), shard_size=w.shard_size, keys=_hash(planned))
-    runs = {plan["first"] + i: planned[s:s + w.shard_size] for i, s in enumerate(range(0, len(planned), w.shard_size))}
-    return plan, {n: ks for n, ks in runs.items() if n not in w.parts or not w.done}
+) -> tuple: # (the plan, {number of a shard that is missing: (its keys, its columns)})
+    "Which images go into which shards: by the plan that is there, or a new one for keys that are in none"
+    def known(before):
+        some = [p for n, p in w.parts.items() if n < before]
+        return {k for p in some for k in (*p["keys"], *(() if retry else p["skipped"]))}
+    runs, rest = _lacking(w, keys, at, retry)
+    if rest and not retry:
+        raise InputError(f"{w.folder} has a feature with shards of its own, without '{min(rest)}': "
+                         "extract it under another name, or with retry into further shards")
+    plan = max((p["plan"] for p in w.parts.values() if p["plan"]), key=lambda p: p["first"], default=None)
+    planned = [k for k in keys if k not in known(plan["first"])] if plan else []
+    if retry or not plan or plan["keys"] != _hash(planned):
+        stored = known(float("inf")) if w.hashes else set() # where nothing could be read, all is tried again
+        planned = [k for k in keys if k not in stored or k in rest]
+        last = max((*w.parts, *(n for s in w.shards.values() for n in s)), default=-1)
+        plan = dict(first=last + 1 if w.hashes else 0, keys=_hash(planned))
+    size = w.shard_size
+    new = {plan["first"] + i: planned[s:s + size] for i, s in enumerate(range(0, len(planned), size))}
+    runs |= {n: (ks, w.columns) for n, ks in new.items() if n not in w.parts or not w.hashes}
+    if link := next((c for _, cs in runs.values() for c in cs if (w.folder/c).is_symlink()), None):
+        raise InputError(f"{w.folder/link} is a link and lacks images of this set: extract the feature where "
+                         "it belongs, or under another name")
+    return plan, runs
 
 # %% ../../nbs/3_features/05_extract.ipynb #abf8c203
 def part_size(
@@ -56,44 +84,68 @@ def part_size(
     return 2*max(c["image_size"] for c in contracts)
 
 class Pixels(torch.utils.data.Dataset):
-    "Batches of pixels for both towers; an item is (number of the shard, positions in the source)"
-    def __init__(self, source, clip, eva, fast_decode:bool=False):
-        self.source, self.makers = source, [clip.preprocess] + ([] if same_pixels(clip.contract, eva.contract) else [eva.preprocess])
-        self.at_least = part_size(clip.contract, eva.contract) if fast_decode else None
+    """Batches of pixels; an item is (number of the shard, columns, positions in the source).
+
+    Columns whose encoders take the same pixels share them: `maker[column]` says under which name."""
+    def __init__(self, source, encoders:dict, fast_decode:bool=False):
+        self.source, self.maker, self.make = source, {}, {}
+        for name, e in encoders.items():
+            same = next((n for n in self.make if same_pixels(encoders[n].contract, e.contract)), name)
+            self.maker[name] = same
+            size = part_size(e.contract) if fast_decode else None
+            self.make.setdefault(same, (size, e.preprocess))
+    def _made(self, i, names):
+        "The pixels of an image, and what is known of it"
+        images = {size: self.source.sample(i, size) for size in {self.make[n][0] for n in names}}
+        s = next(iter(images.values()))
+        pixels = {n: self.make[n][1](images[self.make[n][0]].image) for n in names}
+        return pixels, (s.key, s.caption, s.image_hash)
     def __getitem__(self, item):
-        (number, idxs), about, skipped, px = item, [], {}, []
+        number, columns, idxs = item
+        names, about, skipped, px = sorted({self.maker[c] for c in columns}), [], {}, []
         for i in idxs:
-            try:
-                s = self.source.sample(i, self.at_least)
-                px.append([make(s.image) for make in self.makers]); about.append((s.key, s.caption, s.image_hash))
+            try: made = self._made(i, names)
             except Unreadable as e: skipped[self.source.keys[i]] = str(e)
-            except InputError as e: return number, None, str(e), [] # raised again by `checked`, out of the worker process
-        return number, about, skipped, [torch.stack(p) for p in zip(*px)] # [B, 3, H, W] for each tower, or one for both
+            except InputError as e: return number, columns, None, str(e), {} # raised by `checked`
+            else:
+                px.append(made[0])
+                about.append(made[1])
+        pixels = {n: torch.stack([p[n] for p in px]) for n in names} if px else {} # [B, 3, H, W] each
+        return number, columns, about, skipped, pixels
 
 def checked(item):
     "An item of `Pixels`; raises `InputError` where its source cannot be read any more"
-    if item[1] is None: raise InputError(item[2])
+    if item[2] is None: raise InputError(item[3])
     return item
 
-def _batches(runs, at, bs):
-    "Items for `Pixels`: the runs of keys in slices of `bs`"
-    return [(n, [at[k] for k in ks[i:i + bs]]) for n, ks in runs.items() for i in range(0, len(ks), bs)]
+def _batches(runs, keys, bs, parts):
+    "Items for `Pixels`: runs of keys in slices of `bs`, in which an image that was skipped keeps its place"
+    at, items = {k: i for i, k in enumerate(keys)}, []
+    for n, (keys, columns) in runs.items():
+        gone = parts[n]["skipped"] if n in parts and parts[n]["keys"] else ()
+        slices = (keys[i:i + bs] for i in range(0, len(keys), bs))
+        items += [(n, columns, [at[k] for k in ks if k not in gone]) for ks in slices]
+    return [item for item in items if item[2]]
 
 # %% ../../nbs/3_features/05_extract.ipynb #ffc81305
-def _both(clip, eva, px, dtype):
-    "Tokens of both encoders, `[B, N, D]` each, on the CPU"
-    small = (lambda x: x) if dtype == "int8" else (lambda x: x.to(DTYPES[dtype])) # rounded where they are, so that half the bytes travel
-    return [small(e.tokens(p.to(e.device, non_blocking=True))).cpu() for e, p in zip((clip, eva), (px[0], px[-1]))]
+def _tokens_of(encoders, columns, maker, px, dtype):
+    "Column -> tokens `[B, N, D]` on the CPU; rounded where they are made, so that half the bytes travel"
+    made = {}
+    for c in columns:
+        e = encoders[c]
+        x = e.tokens(px[maker[c]].to(e.device, non_blocking=True))
+        made[c] = (x if dtype == "int8" else x.to(DTYPES[dtype])).cpu()
+    return made
 
-def _store(w, about, *tokens) -> bool: # whether any could be stored
-    "Hand a batch to the writer, but for pictures whose tokens are not finite"
-    fine = torch.stack([x.isfinite().flatten(1).all(1) for x in tokens]).all(0)
-    for (key, *_), f in zip(about, fine):
-        if not f: w.skip(key, f"its tokens are not finite in {w.dtype}")
-    if not fine.any(): return False
-    keys, captions, hashes = map(list, zip(*[a for a, f in zip(about, fine) if f]))
-    w.add_batch(keys, *(tokens if fine.all() else [x[fine] for x in tokens]), captions, hashes)
-    return True
+def _store(w, about, tokens) -> bool: # whether each column has some of them
+    "Hand a batch to the writer; tokens that are not finite are left out of their column"
+    keys, captions, hashes = map(list, zip(*about))
+    fine = {c: x.isfinite().flatten(1).all(1).tolist() for c, x in tokens.items()}
+    for c in tokens:
+        for k, ok in zip(keys, fine[c]):
+            if not ok: w.skip(k, f"its tokens are not finite in {w.dtype}", c)
+    w.add_batch(keys, tokens, captions, hashes)
+    return all(map(any, fine.values()))
 
 # %% ../../nbs/3_features/05_extract.ipynb #62fa8b17
 def _touched(paths):
@@ -136,66 +188,124 @@ def changed(
 def _same_images(w, source, at, rank=0, world=1):
     "Raise `InputError` where a key that is stored belongs to another image, or has another caption, by now"
     every = max(1, len(w.parts)//64)
-    for n, when, rows in w.stored():
+    for n, part in w.parts.items():
         if n % world != rank: continue # another process compares these
+        rows = zip(part["keys"], part["captions"], part["image_hashes"])
         kept = [(at[k], h, c) for k, c, h in rows if h and k in at]
+        when = (w.folder/f"samples/part-{n:05d}.json").stat().st_mtime_ns
         if found := changed(source, kept, when, few=n//world % every == 0):
             key, what = found
             raise InputError(f"{w.folder} holds features of another {what} under the key '{key}' than "
                              f"{source.path} has: use another folder")
 
+# %% ../../nbs/3_features/05_extract.ipynb #d8eacb48
+def _reasons(w, unusable):
+    "Why images are in no part or in no shard of a column, by all processes"
+    parts, columns = read_set(w.folder)
+    listed = {k for p in parts.values() for k in p["keys"]}
+    why = unusable | {k: v for p in parts.values() for k, v in p["skipped"].items()}
+    why = {k: v for k, v in why.items() if k not in listed}
+    for name, (_, _, shards) in columns.items():
+        held = {k for s in shards.values() for k in s["keys"]}
+        for k, v in ((k, v) for s in shards.values() for k, v in s["skipped"].items()):
+            if k not in held: why[k] = f"{why[k]}; {name}: {v}" if k in why else f"{name}: {v}"
+    return why
+
+def _list_skipped(w, unusable):
+    "Write `skipped.json` until it says what all processes have stored"
+    def state(): return sorted(map(str, w.folder.glob("*/*.json")))
+    seen, f = None, w.folder/"skipped.json"
+    while (now := state()) != seen:
+        seen, why = now, _reasons(w, unusable)
+        if why: w.put(f.name, why)
+        else: f.unlink(missing_ok=True)
+    return why
+
 # %% ../../nbs/3_features/05_extract.ipynb #61cc26d4
+def _my_share(w, source, encoders, limit, retry):
+    "The shards that this process makes: number -> (keys, columns)"
+    rank, world = ranks()
+    at = {k: i for i, k in enumerate(source.keys)}
+    w.expect({c: (e.num_tokens, e.width) for c, e in encoders.items()})
+    _same_images(w, source, at, rank, world)
+    w.plan, missing = plan_shards(w, source.keys[:limit], at, retry)
+    if w.done and not missing and not rank:
+        print(f"{w.folder.name}: {len(w.done):,} samples are there already, reused")
+    return {n: run for n, run in missing.items() if (n - w.plan["first"]) % world == rank}
+
+def _run(w, encoders, pixels, runs, bs, num_workers, progress):
+    "Make the tokens of these images and hand them to the writer"
+    items, in_a_row = _batches(runs, pixels.source.keys, bs, w.parts), 0
+    pinned = any(e.device.type == "cuda" for e in encoders.values())
+    loader = DataLoader(pixels, sampler=items, batch_size=None, num_workers=num_workers, pin_memory=pinned)
+    total = sum(len(idxs) for *_, idxs in items)
+    silent = ranks()[0] > 0 or not (progress and total)
+    with tqdm(total=total, desc="extract", unit="image", disable=silent) as bar:
+        for number, columns, about, skipped, px in map(checked, loader):
+            if number != w.number:
+                w.flush()
+                w.number, w.columns = number, columns
+            for key, reason in skipped.items(): w.skip(key, reason)
+            if about:
+                some = _store(w, about, _tokens_of(encoders, columns, pixels.maker, px, w.dtype))
+                in_a_row = 0 if some else in_a_row + len(about)
+            if in_a_row >= 64:
+                raise InputError(f"the tokens of {in_a_row} images in a row are not finite in {w.dtype}, "
+                                 f"last of '{about[-1][0]}': check the encoders, or choose dtype bf16")
+            bar.update(len(about) + len(skipped))
+    w.flush()
+    w.wait()
+
 def extract(
-    images,                # what `read_images` takes: folder of pictures, WebDataset tars, a `datasets` dataset; or an `ImageSource`
-    folder:str|Path,       # of the shards; one that holds some with the same contract is gone on with
-    clip, eva,             # encoders: `preprocess`, `tokens`, `contract`, `device`, `num_tokens`, `width`
-    bs:int=64,             # pictures a batch
-    dtype:str="bf16",      # of the shards: "bf16", "fp16", "fp32" or "int8"
-    limit:int|None=None,   # use the first so many pictures; a folder that holds more keeps them
-    progress:bool=True, shard_size:int=1024, # shard_size: pictures a shard at most
+    images,                # what `read_images` takes: a folder, tars, a dataset; or an `ImageSource`
+    folder:str|Path,       # of the set; one that is there is resumed, and gets the columns that it lacks
+    encoders:dict,         # column -> encoder
+    bs:int=64,             # images a batch
+    dtype:str="bf16",      # of these columns: "bf16", "fp16", "fp32" or "int8"
+    limit:int|None=None,   # use the first so many images; a folder that holds more keeps them
+    progress:bool=True,
+    shard_size:int=1024,   # images a shard of a new set
     num_workers:int=0,     # processes that read and decode ahead; 0: this one does it in between
     captions:str|Path|None=None, # CSV or JSONL with captions, as `read_images` takes it
-    fast_decode:bool=False,# decode large JPEGs at a part of their size, at least twice the towers'; part of the contract
-    retry:bool=False       # try pictures again that were skipped by an earlier run
-) -> FeatureDataset: # the set as it is when this process has made its share
-    "Features of all pictures that can be read; raises `InputError` for bad input, another contract, another picture under a stored key, or where no picture is readable"
-    if min(bs, shard_size, 1 if limit is None else limit) < 1: raise InputError(f"bs {bs}, shard_size {shard_size} and limit {limit} must be at least 1, or limit None for all")
-    (rank, world), folder, source = ranks(), Path(folder), read_images(images, captions)
-    at, decoded = {k: i for i, k in enumerate(source.keys[:limit])}, {"decode": "JPEG at a part of its size"} if fast_decode else {}
-    with reading_ahead(), ShardWriter(folder, {"clip": clip.contract | decoded, "eva": eva.contract | decoded}, dtype, shard_size) as w, torch.no_grad():
-        w.expect({"clip": (clip.num_tokens, clip.width), "eva": (eva.num_tokens, eva.width)})
-        w.unusable = dict(source.skipped)
-        _same_images(w, source, at, rank, world)
-        w.plan, missing = plan_shards(w, list(at), retry)
-        mine = {n: ks for n, ks in missing.items() if (n - w.plan["first"]) % world == rank}
-        todo, at_first = sum(map(len, mine.values())), len(w.done)
-        if w.done and not missing and not rank: print(f"{folder.name}: {len(w.done):,} samples are there already, reused")
-        loader, in_a_row = DataLoader(Pixels(source, clip, eva, fast_decode), sampler=_batches(mine, at, bs), batch_size=None, num_workers=num_workers, pin_memory=clip.device.type == "cuda"), 0
-        with tqdm(total=todo, desc="extract", unit="image", disable=rank > 0 or not progress or not todo) as bar:
-            for number, about, skipped, px in map(checked, loader):
-                if number != w.number: w.flush(); w.number = number
-                for key, reason in skipped.items(): w.skip(key, reason)
-                if about: in_a_row = 0 if _store(w, about, *_both(clip, eva, px, dtype)) else in_a_row + len(about)
-                if in_a_row >= 64: raise InputError(f"the tokens of {in_a_row} pictures in a row are not finite in {dtype}, last of '{about[-1][0]}': check the encoders, or choose dtype bf16")
-                bar.update(len(about) + len(skipped))
-        w.flush(); w.wait()
-        bad = {**source.skipped, **{k: v for p in w.parts.values() for k, v in p.get("skipped", {}).items()}}
-        if not w.done and (mine or world == 1): raise InputError(f"no picture in {source.path} can be read ({len(bad)} skipped{''.join(f', first {k}: {v}' for k, v in list(bad.items())[:1])}): check the files")
-        if bad and len(w.done) > at_first and not rank: print(f"{folder.name}: {len(bad)} pictures skipped, listed in skipped.json")
-    return FeatureDataset(folder)
+    fast_decode:bool=False,# decode large JPEGs at a part of their size, at least twice the encoder's
+    retry:bool=False       # try images again that were skipped by an earlier run
+) -> FeatureDataset: # of these columns, as they are when this process has made its share
+    """Features of all images that can be read, a column for each encoder; columns that are complete are kept.
+
+    Raises `InputError` for bad input, another contract, another image under a stored key, or where no image
+    is readable."""
+    if min(bs, shard_size, 1 if limit is None else limit) < 1:
+        raise InputError(f"bs {bs}, shard_size {shard_size} and limit {limit} must be at least 1, or limit "
+                         "None for all")
+    if not encoders: raise InputError("no encoder is given: give a dictionary, feature -> encoder")
+    source = read_images(images, captions)
+    decoded = {"decode": "JPEG at a part of its size"} if fast_decode else {}
+    contract = {c: e.contract | decoded for c, e in encoders.items()}
+    with reading_ahead(), ShardWriter(folder, contract, dtype, shard_size) as w, torch.no_grad():
+        mine = _my_share(w, source, encoders, limit, retry)
+        pixels, before = Pixels(source, encoders, fast_decode), len(w.done)
+        _run(w, encoders, pixels, mine, bs, num_workers, progress)
+        why = _list_skipped(w, source.skipped)
+        if not w.hashes and (mine or ranks()[1] == 1):
+            first = "".join(f", first {k}: {v}" for k, v in [*why.items()][:1])
+            raise InputError(f"no image in {source.path} can be read ({len(why)} skipped{first}): check the "
+                             "files")
+        if why and len(w.done) > before and not ranks()[0]:
+            print(f"{w.folder.name}: {len(why)} images skipped, listed in skipped.json")
+    return FeatureDataset(folder, columns=encoders)
 
 # %% ../../nbs/3_features/05_extract.ipynb #2eef1e5d
-def _decode(pixels, split, idxs):
+def _decode(pixels, columns, split, idxs):
     "An item of `Pixels`, the positions in the batch that are missing from it, and whether it is a stand-in"
-    item = pixels[0, [split[i] for i in idxs]]
+    item = pixels[0, columns, [split[i] for i in idxs]]
     keys = [pixels.source.keys[split[i]] for i in idxs]
-    missing = [p for p, k in enumerate(keys) if k in item[2]] if item[1] is not None else []
+    missing = [p for p, k in enumerate(keys) if k in item[3]] if item[2] is not None else []
     if len(missing) < len(idxs): return item, missing, False
     for i in split[:64]: # only as far as nothing was read
-        _, about, skipped, px = pixels[0, [i]]
-        if about is None: return (0, about, skipped, px), missing, True
-        item = 0, about, {**item[2], **skipped}, px
-        if px: break
+        one = pixels[0, columns, [i]]
+        if one[2] is None: return one, missing, True
+        item = (*one[:3], {**item[3], **one[3]}, one[4])
+        if item[4]: break
     return item, missing[1:], True
 
 def _finite(made, about, missing, skipped):
@@ -211,52 +321,62 @@ def _finite(made, about, missing, skipped):
         if not ok: skipped[key] = "its tokens are not finite"
     return {n: x[fine] for n, x in made.items()}, [*missing, *(p for p, ok in zip(there, fine) if not ok)]
 
-def _tokens(encoders, task, skipped, batch):
+def _tokens(encoders, maker, task, skipped, batch):
     "Pixels to `(cond, target)`, `[B, N, D]` float32"
     item, missing, stand_in = batch
-    _, about, bad, px = checked(item)
+    *_, about, bad, px = checked(item)
     skipped.update(bad)
     if not px:
         raise InputError(f"no image of {len(bad)} can be read, first {next(iter(bad.items()))}: check the "
                          "files")
-    made = {n: encoders[n].tokens(px[0] if n == "clip" else px[-1]).float() for n in {task.cond, task.target}}
+    made = {}
+    for c in {task.cond, task.target}:
+        e = encoders[c]
+        made[c] = e.tokens(px[maker[c]].to(e.device)).float()
     made, missing = _finite(made, about, missing, skipped)
     out = Batch((made[task.cond], made[task.target]))
     out.missing, out.stand_in = frozenset(missing), stand_in
     return out
 
+def _estimated(encoders, pixels, split, seed, bs, most, column):
+    "Statistics of a column, from some of the images of a split"
+    e = encoders[column]
+    some = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:most].tolist()
+    made = []
+    for i in range(0, len(some), bs):
+        *_, px = checked(pixels[0, [column], [split[j] for j in some[i:i + bs]]])
+        if not px: continue
+        x = e.tokens(px[pixels.maker[column]].to(e.device)).cpu()
+        fine = x.isfinite().flatten(1).all(1)
+        if fine.any(): made.append(FeatureStats.of(x if fine.all() else x[fine]))
+    if made: return sum(made, FeatureStats())
+    raise InputError(f"none of {len(some)} images of {pixels.source.path} can be read: check the files")
+
 def online_dls(
     images,                         # what `read_images` takes, or an `ImageSource`
-    clip, eva,                      # encoders, on the device where they are to run
+    encoders:dict,                  # column -> encoder, on the device where it is to run
     task:str|Task="clip_generation",
-    bs:int=64, seed:int=0,          # pictures a batch; seed of the order and of the sample for the statistics
+    bs:int=64, seed:int=0,          # images a batch; seed of the order and of the sample for the statistics
     num_workers:int=0,              # processes that decode
     share:float=HELD_OUT,           # share of the keys that is held out for validation
     max_samples:int|None=None,      # train on the first so many; the held-out split stays whole
-    stats_samples:int=512           # training pictures that the statistics are estimated from
+    stats_samples:int=512           # training images that the statistics are estimated from
 ): # what `feature_dls` returns, and `.skipped`: key -> reason
     "Batches `(cond, target)` `[B, N, D]` float32, made when they are needed; raises as `feature_dls`"
     source, task = read_images(images), get_task(task)
-    sides = [[i for i, k in enumerate(source.keys) if is_held_out(k, share) == held] for held in (False, True)]
-    splits, encoders = (sides[0][:max_samples], sides[1]), dict(clip=clip, eva=eva)
-    pixels, skipped = Pixels(source, clip, eva), dict(source.skipped)
-    after, device = partial(_tokens, encoders, task, skipped), (clip if "clip" in (task.cond, task.target) else eva).device
-    def stats(name):
-        some = torch.randperm(len(splits[0]), generator=torch.Generator().manual_seed(seed))[:stats_samples].tolist()
-        batches = (pixels[0, [splits[0][j] for j in some[i:i + bs]]] for i in range(0, len(some), bs))
-        made = []
-        for *_, px in map(checked, batches):
-            if not px: continue
-            x = encoders[name].tokens((px[0] if name == "clip" else px[-1]).to(device)).cpu()
-            fine = x.isfinite().flatten(1).all(1)
-            if fine.any(): made.append(FeatureStats.of(x if fine.all() else x[fine]))
-        if not made:
-            raise InputError(f"none of {len(some)} images of {source.path} can be read: check the files")
-        return sum(made, FeatureStats())
+    if lacking := [c for c in (task.cond, task.target) if c not in encoders]:
+        raise InputError(f"task {task.name} takes the feature '{lacking[0]}': give an encoder for it")
+    columns = list(dict.fromkeys((task.cond, task.target)))
+    held = [is_held_out(k, share) for k in source.keys]
+    train, valid = ([i for i, h in enumerate(held) if h == side] for side in (False, True))
+    splits, skipped = (train[:max_samples], valid), dict(source.skipped)
+    pixels = Pixels(source, {c: encoders[c] for c in columns})
     keys = tuple([source.keys[i] for i in s] for s in splits)
-    fetch = tuple(partial(_decode, pixels, s) for s in splits)
-    contract = {"clip": clip.contract, "eva": eva.contract}
-    dls = task_loaders(splits, keys, fetch, task, contract, stats, bs, seed, num_workers, device,
-                       str(source.path), share, after=after)
+    fetch = tuple(partial(_decode, pixels, columns, s) for s in splits)
+    after = partial(_tokens, encoders, pixels.maker, task, skipped)
+    stats = partial(_estimated, encoders, pixels, splits[0], seed, bs, stats_samples)
+    contract = {c: e.contract for c, e in encoders.items()}
+    dls = task_loaders(splits, keys, fetch, task, contract, stats, bs, seed, num_workers,
+                       encoders[task.target].device, str(source.path), share, after=after)
     dls.skipped = skipped
     return dls

@@ -25,7 +25,8 @@ from ..files import InputError
 from ..core import (HELD_OUT, Task, check_column, get_task, is_held_out, layout_of, load_tensors,
                             ranks, save_tensors, to_layout)
 from ..options import OptimiserOptions
-from .shards import MANIFEST, FeatureDataset
+from .sets import MANIFEST
+from .shards import FeatureDataset
 
 # %% ../../nbs/3_features/04_loading.ipynb #14d83bf4
 @dataclass
@@ -103,19 +104,12 @@ def stats_file(self:FeatureDataset,
 ) -> Path|None:
     "Where the statistics of a large column are kept"
     if self.shape(name).numel()*len(self)*4 <= keep_above: return
-    return self.folder/".stats"/f"{name}-{layout}{'-'*bool(layout)}{self._fingerprint()}.safetensors"
+    return self.folder/".stats"/f"{name}-{layout}{'-'*bool(layout)}{self.fingerprint()}.safetensors"
 
 @patch
 def stats(self:FeatureDataset, name:str, chunk:int|None=None, keep_above:float=2e8) -> FeatureStats:
     "Statistics of a column, see `one_pass` and `stats_file`"
     return kept_stats(self, name, self.stats_file(name, keep_above=keep_above), chunk)
-
-@patch
-def _fingerprint(self:FeatureDataset):
-    "Which samples these are"
-    shards = [s["sha256"] for s in self.manifest["shards"]]
-    said = json.dumps([self.split, self.share, self.max_samples, *shards])
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 # %% ../../nbs/3_features/04_loading.ipynb #e3aff218
 NORMS = ("none", "l2", "channel", "token", "sphere")

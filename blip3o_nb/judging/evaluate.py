@@ -29,7 +29,8 @@ from .metrics import (QUALITY, Score, bootstrap, chance_level, cka, class_embedd
                                        token_scores, unique_captions, zero_shot, zero_shot_chance)
 from ..flow.paths import path_dict
 from ..flow.samplers import evaluations
-from ..features.shards import FeatureDataset, leak_check
+from ..core import leak_check
+from ..features.shards import FeatureDataset
 
 # %% ../../nbs/6_judging/03_evaluate.ipynb #97196cf4
 GROUPS = {"Tokens": ["cosine", "centred", "L2", "norm ratio", "angle", "above 0.7", "above 0.8", "above 0.9", "sphere violation"],
@@ -353,7 +354,7 @@ def identity(
         x = m.generate(cond, seed=0).float().cpu().contiguous()
         return hashlib.sha256(x.numpy().tobytes()).hexdigest()
     what = [{n: [sha256_file(p.folder/f) for f in files] for n, p in pipes.items()},
-            {n: answer(m) for n, m in others.items()}, data._fingerprint(), *options]
+            {n: answer(m) for n, m in others.items()}, data.fingerprint(), *options]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
 def evaluate(

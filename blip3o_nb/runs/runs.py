@@ -19,7 +19,8 @@ from fastai.torch_core import to_device
 from ..core import get_task, layout_of, ranks, reading_ahead, seed_everything
 from ..earlier.pickles import convert
 from ..features.loading import feature_dls
-from ..features.shards import MANIFEST, FeatureDataset
+from ..features.sets import MANIFEST
+from ..features.shards import FeatureDataset
 from ..files import InputError, atomic_path, write_json
 from ..flow.paths import dimension_shift, make_path
 from ..generation.pipeline import Pipeline, save_checkpoint
@@ -100,7 +101,7 @@ def how_many(config:TrainingConfig, folder:Path) -> int|None: # None is all
     "Training pictures that are used"
     n = [v for v in (config.max_samples, config.overfit_test_size, 256*config.debug_mode) if v]
     if config.max_shards:
-        n.append(int((FeatureDataset(folder, "train", config.eval_split)._where[:, 0] < config.max_shards).sum()))
+        n.append(int((FeatureDataset(folder, "train", config.eval_split).shard_of < config.max_shards).sum()))
     return min(n, default=None)
 
 def loaders(

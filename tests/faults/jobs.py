@@ -7,7 +7,7 @@ def prepare(root):
     from blip3o_nb.core import toy_features
     from blip3o_nb.features.shards import ShardWriter
     t = toy_features(240, grid=2, clip_dim=12, eva_dim=16)
-    with ShardWriter(root/"features", {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}, "fp32", shard_size=12) as w: w.add_batch(t["keys"], t["clip"], t["eva"], t["captions"], [""]*240)
+    with ShardWriter(root/"features", {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}, "fp32", shard_size=12) as w: w.add_batch(t["keys"], {"clip": t["clip"], "eva": t["eva"]}, t["captions"], [""]*240)
 
 TRAIN = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --num-key-value-heads 1 --batch-size 16 --num-epochs 4 --checkpoint-every 4 --eval-samples 8 --monitor-every 3 --device cpu"
 JOBS = { # name -> command line; {out} is what it writes
@@ -144,7 +144,7 @@ def vanished(forks, job):
     "A shard of the features is gone"
     import shutil
     out, line, wrong = forks.root/name(job, "vanished"), JOBS[job], []
-    features = shutil.copytree(forks.root/"features", forks.root/name(job, "features")); (features/"shard-00004.safetensors").unlink()
+    features = shutil.copytree(forks.root/"features", forks.root/name(job, "features")); (features/"clip"/"shard-00004.safetensors").unlink()
     JOBS[job] = line.replace("{root}/features", str(features))
     try: code = forks.end(forks.start(job, out))
     finally: JOBS[job] = line

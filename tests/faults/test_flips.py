@@ -15,12 +15,12 @@ from blip3o_nb.features.shards import FeatureDataset, ShardWriter
 
 def toy(folder, n, dtype="bf16", **kw):
     t = toy_features(n, grid=2, clip_dim=6, eva_dim=8)
-    with ShardWriter(folder, {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}, dtype, **kw) as w: w.add_batch(t["keys"], t["clip"], t["eva"], t["captions"], ["ab"]*n)
+    with ShardWriter(folder, {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}, dtype, **kw) as w: w.add_batch(t["keys"], {"clip": t["clip"], "eva": t["eva"]}, t["captions"], ["ab"]*n)
     return folder
 
 def all_of(folder):
     ds = FeatureDataset(folder)
-    return ds.keys, ds.captions, ds.image_hashes, ds.contract, ds.dtype, *(ds.column(c) for c in ("clip", "eva"))
+    return ds.keys, ds.captions, ds.image_hashes, ds.contract, ds.dtypes, *(ds.column(c) for c in ("clip", "eva"))
 
 def checkpoint_of(folder):
     p = Pipeline.from_pretrained(folder, device="cpu")
@@ -70,7 +70,7 @@ def flips(path, read, n):
         for i in places:
             path.write_bytes(data[:i] + bytes([data[i] ^ 1 << rng.randrange(8)]) + data[i+1:])
             try: assert equal(read(), whole), f"byte {i} of {path.name} changed what is read, and nothing said so"
-            except InputError as e: assert str(path.parent) in str(e) and "\n" not in str(e), (i, e); named += 1
+            except InputError as e: assert str(path.parents[1]) in str(e) and "\n" not in str(e), (i, e); named += 1
     finally: path.write_bytes(data)
     return len(places), named
 
@@ -81,19 +81,21 @@ def provoke(record_property, path, read, n):
 
 FLIP = ("a flipped bit", "named, or without effect on what is read")
 
-@pytest.mark.fault(FLIP[0], "feature set: manifest, shard header, tokens", FLIP[1])
-@pytest.mark.parametrize("name", ["set/manifest.json", "set/shard-00000.safetensors", "set/shard-00001.safetensors", "set8/shard-00000.safetensors"])
+@pytest.mark.fault(FLIP[0], "feature set: manifests, samples, entries, tokens", FLIP[1])
+@pytest.mark.parametrize("name", ["manifest.json", "samples/part-00001.json", "clip/manifest.json", "eva/shard-00000.json",
+                                  "clip/shard-00000.safetensors", "eva/shard-00001.safetensors", "8/eva/shard-00000.safetensors"])
 def test_set(made, name, record_property, times):
-    f = made.root/name
-    n, named = provoke(record_property, f, lambda: all_of(f.parent), times(120, 100_000))
+    folder, name = (made.root/"set8", name[2:]) if name.startswith("8") else (made.root/"set", name)
+    n, named = provoke(record_property, folder/name, lambda: all_of(folder), times(120, 100_000))
     assert named > .8*n
 
-@pytest.mark.fault(FLIP[0], "feature set: entry of a shard, before an extraction goes on", FLIP[1])
-def test_entry(made, record_property, times):
-    f = made.root/"set"/"shard-00000.json"
+@pytest.mark.fault(FLIP[0], "feature set: samples and entry of a shard, before an extraction is resumed", FLIP[1])
+@pytest.mark.parametrize("name", ["samples/part-00000.json", "clip/shard-00000.json", "clip/manifest.json"])
+def test_entry(made, name, record_property, times):
+    folder, contract = made.root/"set", {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}
     def read():
-        with ShardWriter(f.parent, {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}, shard_size=5) as w: return sorted(w.done)
-    provoke(record_property, f, read, times(60, 100_000))
+        with ShardWriter(folder, contract, shard_size=5) as w: return sorted(w.done), w.shapes
+    provoke(record_property, folder/name, read, times(60, 100_000))
 
 @pytest.mark.fault(FLIP[0], "checkpoint: weights, configurations, normalisers", FLIP[1])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "flow.json", "normalizers.safetensors"])

@@ -79,7 +79,7 @@ TOY = toy_features(6, grid=2, clip_dim=4, eva_dim=6)
 CONTRACT = {n: dict(model=f"toy-{n}", stage="hidden", layout="cls_patch", width=w, num_tokens=5, grid=2) for n, w in (("clip", 4), ("eva", 6))}
 
 def shards(folder, dtype="bf16"):
-    with ShardWriter(folder, CONTRACT, dtype, shard_size=4) as w: w.add_batch(TOY["keys"], TOY["clip"], TOY["eva"], TOY["captions"], [""]*6)
+    with ShardWriter(folder, CONTRACT, dtype, shard_size=4) as w: w.add_batch(TOY["keys"], {"clip": TOY["clip"], "eva": TOY["eva"]}, TOY["captions"], [""]*6)
     return folder
 
 def checkpoint(folder, nextdit=False): return shutil.copytree(trained(nextdit), folder, dirs_exist_ok=True)
@@ -120,6 +120,8 @@ class Given(ImageSource):
     def files(self, i): return {"png": self.data}
 
 # --- the targets: a class a format, with its seeds, and how one of them is put in place and read ------------------------------------------------------
+ROOT = Path(__file__).parents[2]
+
 class Target:
     name, text = "x.bin", False   # of the file; text: mutated as JSON half of the time
     def __init__(self, folder): self.folder = folder; folder.mkdir(parents=True, exist_ok=True); self.path = folder/self.name; self.seeds = list(self.make())
@@ -147,44 +149,68 @@ class Pictures(Target):
             except Unreadable as e: assert one_line(str(e)), str(e)
 
 class Shards(Target):
-    "Tensors and header of a shard; whoever writes them writes their size and checksum as well"
-    name = "shard-00000.safetensors"
+    "Tensors of a shard; whoever writes them writes their size and checksum as well"
+    name = "clip/shard-00000.safetensors"
     def make(self):
         for d in ("bf16", "int8"): yield (shards(self.folder/d, d)/self.name).read_bytes()
         shards(self.folder)
     def put(self, data):
-        super().put(data); sign(self.folder, self.path)
+        super().put(data)
+        sign(self.path)
     def read(self): read_set(self.folder)
-
-class Headers(Shards):
-    "What a shard says of its samples"
-    text = True
-    def make(self):
-        shards(self.folder)
-        with safe_open(self.path, "pt") as f: yield f.metadata()["samples"].encode(); self.tensors = {k: f.get_tensor(k) for k in f.keys()}
-    def put(self, data): save_file(self.tensors, self.path, {"samples": data.decode("utf-8", "replace")}); sign(self.folder, self.path)
 
 class Manifest(Target):
+    "That a folder is a set"
     name, text = "manifest.json", True
-    def make(self): yield (shards(self.folder)/self.name).read_bytes(); self.path.unlink()
+    def make(self): yield (shards(self.folder)/self.name).read_bytes()
     def read(self): read_set(self.folder)
 
+class Column(Manifest): name = "clip/manifest.json"
+class Part(Manifest): name = "samples/part-00000.json"
+class Entry(Manifest): name = "eva/shard-00000.json"
+
 class Resumed(Target):
-    "A folder of shards that is gone on with"
-    name, text = "shard-00000.json", True
+    "A set that is resumed: what it says of itself, of a column, of samples and of a shard"
+    name, text = "clip/shard-00000.json", True
+    names = ("clip/shard-00000.json", "samples/part-00000.json", "clip/manifest.json", "manifest.json")
     def make(self):
-        yield (shards(self.folder)/self.name).read_bytes()
-        self.manifest = (self.folder/"manifest.json").read_bytes()
-        yield self.manifest
+        shards(self.folder)
+        self.whole = {f: f.read_bytes() for f in self.folder.rglob("*") if f.is_file()}
+        for n in self.names: yield self.whole[self.folder/n]
     def put(self, data):
-        first, data = b'"format"' in data, unsealed(data)
-        (self.folder/"manifest.json").write_bytes(data if first else self.manifest); self.path.write_bytes(self.seeds[0] if first else data)
+        kinds = {b'"checksums"': 0, b'"captions"': 1, b'"num_tokens"': 2}
+        self.path = self.folder/self.names[next((k for word, k in kinds.items() if word in data), 3)]
+        self.path.write_bytes(unsealed(data))
     def read(self):
         try:
-            with ShardWriter(self.folder, CONTRACT, shard_size=4) as w: w.add("other", TOY["clip"][0], TOY["eva"][0])
+            with ShardWriter(self.folder, CONTRACT, shard_size=4) as w: w.add("other", clip=TOY["clip"][0], eva=TOY["eva"][0])
         finally:
-            for f in self.folder.glob("shard-*"):
-                if f.name[:11] not in ("shard-00000", "shard-00001"): f.unlink()
+            for f in [f for f in self.folder.rglob("*") if f.is_file() and f not in self.whole]: f.unlink()
+            for f, data in self.whole.items(): f.write_bytes(data)
+
+class Earlier(Target):
+    "What a set of an earlier format says of itself"
+    name, text, of = "manifest.json", True, "shards_3"
+    def make(self):
+        shutil.copytree(ROOT/"tests/old"/self.of, self.folder, dirs_exist_ok=True)
+        m = json.loads((self.folder/self.name).read_bytes())
+        yield json.dumps(m).encode()
+    def read(self): read_set(self.folder)
+
+class Headers(Earlier):
+    "What a shard of an earlier format says of its samples"
+    name = "shard-00000.safetensors"
+    def make(self):
+        shutil.copytree(ROOT/"tests/old"/self.of, self.folder, dirs_exist_ok=True)
+        with safe_open(self.path, "pt") as f:
+            yield f.metadata()["samples"].encode()
+            self.tensors = {k: f.get_tensor(k) for k in f.keys()}
+    def put(self, data):
+        save_file(self.tensors, self.path, {"samples": data.decode("utf-8", "replace")})
+        m, d = json.loads(unsealed((self.folder/"manifest.json").read_bytes())), self.path.read_bytes()
+        head = hashlib.sha256(d[:8 + int.from_bytes(d[:8], "little")]).hexdigest()
+        m["shards"][0].update(bytes=len(d), sha256=hashlib.sha256(d).hexdigest(), header=head)
+        (self.folder/"manifest.json").write_text(json.dumps(m))
 
 class Flow(Target):
     name, text = "flow.json", True
@@ -254,11 +280,12 @@ def unsealed(data):
     if not isinstance(x, dict) or x.pop("seal", None) is None: return data
     return json.dumps(x).encode()
 
-def sign(folder, path):
-    "Put size and checksums of a shard into what is said of it"
-    for f in (folder/"manifest.json", path.with_suffix(".json")):
-        m = json.loads(unsealed(f.read_bytes())); d = path.read_bytes()
-        next((s for s in m.get("shards", [m]) if s["file"] == path.name), m).update(bytes=len(d), sha256=hashlib.sha256(d).hexdigest(), header=hashlib.sha256(d[:8 + int.from_bytes(d[:8], "little")]).hexdigest()); f.write_text(json.dumps(m))
+def sign(path):
+    "Put size and checksum of a shard into its entry"
+    f = path.with_suffix(".json")
+    entry, data = json.loads(unsealed(f.read_bytes())), path.read_bytes()
+    entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    f.write_text(json.dumps(entry))
 
 def read_set(folder):
     for split in (None, "train"):
@@ -271,9 +298,9 @@ def one_line(s, path=""): return s and "\n" not in s and s.isprintable() and len
 def reasons(source): assert all(one_line(r) for r in source.skipped.values()), source.skipped
 def check_line(e, path):
     assert one_line(str(e), path), f"a message of {len(str(e))} characters: {str(e)[:700]!r}"
-    assert path.name in str(e) or str(path.parent) in str(e), f"it does not name the file: {str(e)[:300]!r}"
+    assert path.name in str(e) or str(path.parents[1]) in str(e) or str(path.parent) in str(e), f"it does not name the file: {str(e)[:300]!r}"
 
-TARGETS = [Pickles, Tars, Pictures, Shards, Headers, Manifest, Resumed, Flow, Config, NextConfig, Weights, Normalizers, Converted, Toml, Captions, Classes]
+TARGETS = [Pickles, Tars, Pictures, Shards, Manifest, Column, Part, Entry, Resumed, Earlier, Headers, Flow, Config, NextConfig, Weights, Normalizers, Converted, Toml, Captions, Classes]
 
 # --- inputs that once did something else: a traceback, a file that nobody named, memory without end ---------------------------------------------------
 def but(*path, **kw):
@@ -297,11 +324,19 @@ FOUND = {
              *all_of("method", [], "x"), *all_of("objective", "\x1b[2J", None), *all_of("contract", True, {"clip": True, "eva": {}}, {"clip": {"model": []}, "eva": {}}), *all_of("training", {"record": {"step": 1}}, {"record": {"step": [1], "loss": []}}), *all_of("held_out", "x", 2)],
     "Config": [*NETWORK, *all_of("cond_tokens", 10**12, 2**34), *all_of("fusion", "x", 1), *all_of("head_layers", 10**9), *all_of("feature_scale", None, "1"), but(hidden_size=2**30 + 2), but(head_width=4, head_layers=10**9)],
     "NextConfig": [*NETWORK, *all_of("intermediate_size", 2**62, False), *all_of("time", [], "\x1b")],
-    "Manifest": [DEEP, *all_of("shards", 1, [1], [{}], ["x"], None), *all_of("shapes", "x", {}, {"clip": 1, "eva": [5, 6]}, {"clip": [{}, 4], "eva": [5, 6]}, ...), *all_of("dtype", "int8", [], ...), *all_of("samples", None, {}, ...),
-                 *all_of("contract", 1.5, {"clip": True}, {"\n": 1}), *(but("shards", 0, file=v) for v in (5, "../x", "/etc/passwd", "manifest.json", "shard-00001.safetensors")), *(but("shards", 0, bytes=v) for v in ("x", ...))],
-    "Resumed": [DEEP, *all_of("file", 1, "../../x", ...), *all_of("samples", "4", [], 10**9), *all_of("shapes", "x", {"clip": [5]}, {"clip": [None, 4], "eva": [5, 6]}, {"clip": [1080, 4], "eva": [5, 6]}, {"clip": [5, 4], "eva": [5, 4]}), *all_of("sha256", ...),
-                *all_of("skipped", 1, {"a": 1}), *all_of("plan", 1, {"first": "x"})],
-    "Headers": [DEEP, given(b"1"), given(b'"x"'), *all_of("keys", None, 5, ["a"], ["a"]*4, ["\ud800", "b", "c", "d"], [1, 2, 3, 4], ...), *all_of("captions", None, [None]*4, [[]]*4), *all_of("contract", None, [], 1, ...), but("contract", **{"\n": 1}), *all_of("image_hashes", {}, [{}]*4)],
+    "Manifest": [DEEP, given(b"[]"), *all_of("format", 1, [], ...), *all_of("shard_size", 0, -1, "4", True, ...)],
+    "Column": [DEEP, given(b"1"), *all_of("num_tokens", 0, -1, "5", 2**40, None, ...), *all_of("width", None, 5.), *all_of("dtype", "int8", [], ...),
+               *all_of("contract", 1.5, [], None), but("contract", **{"\n": 1})],
+    "Part": [DEEP, *all_of("keys", None, 5, ["a"], ["a"]*4, ["\ud800", "b", "c", "d"], [1, 2, 3, 4], ...), *all_of("captions", None, [None]*4, [[]]*4),
+             *all_of("image_hashes", {}, [{}]*4), *all_of("skipped", 1, {"a": 1}), *all_of("plan", 1, {"first": "x"}, {"first": -1, "keys": ""})],
+    "Entry": [DEEP, *all_of("keys", None, ["a"]*4, [1]*4), *all_of("file", 5, "../x", "/etc/passwd", "manifest.json", "../manifest.json", "shard-00001.safetensors"),
+              *all_of("bytes", "x", -1, ...), *all_of("checksums", 1, {"": "x"}, {"": 1}, {"": "0"*48}), *all_of("lengths", [1], ["x"]*4, 4),
+              *all_of("tensor", "", 1, "\n"), *all_of("contract", None, [], {}), *all_of("skipped", 1, {"a": 1})],
+    "Resumed": [DEEP, *all_of("file", 1, "../../x", ...), *all_of("keys", "4", [], ["x"]*4), *all_of("bytes", 10**9, "x"), *all_of("sha256", ...), *all_of("skipped", 1, {"a": 1})],
+    "Earlier": [DEEP, *all_of("shards", 1, [1], [{}], ["x"], None), *all_of("shapes", "x", {}, {"clip": 1, "eva": [5, 6]}, {"clip": [{}, 4], "eva": [5, 6]}, {"clip": [5], "eva": [5]}, ...),
+                *all_of("dtype", "int8", [], ...), *all_of("contract", 1.5, {"clip": True}, {"\n": {}}), *(but("shards", 0, file=v) for v in (5, "../x", "/etc/passwd", "../shard-00000.safetensors", "manifest.json", "shard-00001.safetensors")),
+                *(but("shards", 0, bytes=v) for v in ("x", ...))],
+    "Headers": [DEEP, given(b"1"), given(b'"x"'), *all_of("keys", None, 5, ["a"], ["a"]*4, ["\ud800", "b", "c", "d"], [1, 2, 3, 4], ...), *all_of("captions", None, [None]*4, [[]]*4), *all_of("contract", None, [], 1, {"clip": []}, ...), but("contract", **{"\n": 1}), *all_of("image_hashes", {}, [{}]*4)],
     "Converted": [DEEP, given(b"[]"), given(b"1"), given(b'{"a.pkl": 1}'), given(b'{"a.pkl": {"last": []}}'), given(b'{"a.pkl": {"last": "toy0-00005"}}'), *all_of("keys", "\ud800", [])],
     "Toml": [given(d) for d in (b"a = " + b"["*5000 + b"]"*5000, b"ema = 1" + b"0"*400, b"seed = 1" + b"0"*400, b"seed = " + b"9"*5000, b"weight_decay = true", b"ema = nan", b"'\\u001b[2J' = 1", b"'" + b"x"*5000 + b"' = 1", b"recipe = []", b"batch_size = [1]")],
     "Weights": [lambda seed: seed.replace(b'"F32"', b'"I32"'), lambda seed: seed.replace(b'"F32"', b'"F64"', 1), lambda seed: seed[:8]]}

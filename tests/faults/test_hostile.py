@@ -21,7 +21,7 @@ from blip3o_nb.features.shards import FeatureDataset, ShardWriter
 from blip3o_nb.judging.report import draw, page, table
 from blip3o_nb.runs.resume import CheckpointCallback
 from blip3o_nb.viz import gallery
-from test_fuzz import CONTRACT, LINE, PICTURES, Captions, Config, Converted, Flow, Headers, Manifest, Resumed, checkpoint, shards, trial, vm
+from test_fuzz import CONTRACT, LINE, PICTURES, Captions, Column, Config, Converted, Earlier, Entry, Flow, Headers, Manifest, Part, Resumed, checkpoint, shards, trial, vm
 from test_properties import call
 
 ROOT = Path(__file__).parents[2]
@@ -64,8 +64,8 @@ JSONS = {"deep lists": lambda t: "["*200_000 + "]"*200_000, "deep objects": lamb
          "long text": lambda t: t.replace('": "', '": "' + "x"*2_000_000, 1), "a file outside": lambda t: t.replace("shard-00000", "../../../etc/passwd"), "an absolute file": lambda t: t.replace("shard-00000", "/etc/passwd"),
          "a link of names": lambda t: t.replace("shard-00000.safetensors", "manifest.json")}
 
-@pytest.mark.fault("JSON with deep nesting, NaN, infinities, huge numbers, names twice, control characters and names of other files", "manifest, parts, headers, checkpoint, conversion", "read, or refused in one line that names the file")
-@pytest.mark.parametrize("kind", [Manifest, Resumed, Headers, Flow, Config, Converted, Captions], ids=lambda k: k.__name__.lower())
+@pytest.mark.fault("JSON with deep nesting, NaN, infinities, huge numbers, names twice, control characters and names of other files", "manifests, parts, entries, headers, checkpoint, conversion", "read, or refused in one line that names the file")
+@pytest.mark.parametrize("kind", [Manifest, Column, Part, Entry, Resumed, Earlier, Headers, Flow, Config, Converted, Captions], ids=lambda k: k.__name__.lower())
 def test_json(kind, tmp_path, record_property):
     target, bad = kind(tmp_path/"files"), {}
     record_property("provoked", len(JSONS))
@@ -211,7 +211,7 @@ class Fake:
 def test_keys_lead_nowhere(tmp_path, monkeypatch, record_property):
     (home := tmp_path/"a"/"b"/"home").mkdir(parents=True); monkeypatch.chdir(home); monkeypatch.setenv("HOME", str(tmp_path/"a"))
     record_property("provoked", 3*len(SHADY))
-    ds = extract(Given(SHADY), "out/shards", Fake("clip"), Fake("eva"), bs=8, shard_size=8, progress=False)
+    ds = extract(Given(SHADY), "out/shards", {"clip": Fake("clip"), "eva": Fake("eva")}, bs=8, shard_size=8, progress=False)
     assert ds.keys == SHADY and len(set(ds.captions)) > 20
     convert("out/shards", "out/pickles", to="pickles", shard_size=9); convert("out/pickles", "out/again")
     assert FeatureDataset("out/again").keys == SHADY
@@ -220,7 +220,7 @@ def test_keys_lead_nowhere(tmp_path, monkeypatch, record_property):
     lines = [json.loads(l) for l in Path("out/samples/samples.jsonl").read_text(encoding="utf-8").split("\n") if l]
     assert [l["key"] for l in lines] == SHADY and {l["file"] for l in lines} == {f"samples-{i:05d}.safetensors" for i in range(-(-len(SHADY)//8))}
     outside = {p for p in tmp_path.rglob("*") if not p.is_relative_to(home/"out")} - {tmp_path/"a", tmp_path/"a"/"b", home}
-    assert not outside and {p.name.split("-")[0].split("_")[0] for p in (home/"out").rglob("*.*")} <= {"shard", "manifest.json", "embeddings", "converted.json", "samples", "samples.json", "samples.jsonl", "model.safetensors", "config.json", "flow.json", "normalizers.safetensors"}
+    assert not outside and {p.name.split("-")[0].split("_")[0] for p in (home/"out").rglob("*.*")} <= {"shard", "part", "manifest.json", "embeddings", "converted.json", "samples", "samples.json", "samples.jsonl", "model.safetensors", "config.json", "flow.json", "normalizers.safetensors"}
 
 # --- pages and terminals ---------------------------------------------------------------------------------------------------------------------------------------
 class Shape(HTMLParser):
@@ -234,7 +234,7 @@ def judged(root, names, model, keys, captions, monkeypatch):
     "Run `blip3o_eval` on two checkpoints in folders of these names: its report, and what it printed"
     toy, seen = toy_features(64, grid=2, clip_dim=4, eva_dim=6), []
     contract = {n: {**c, "model": model} for n, c in CONTRACT.items()}
-    with ShardWriter(root/"set", contract) as w: w.add_batch([f"{i}{keys}" for i in range(64)], toy["clip"], toy["eva"], [f"{captions}{i % 9}" for i in range(64)], [""]*64)
+    with ShardWriter(root/"set", contract) as w: w.add_batch([f"{i}{keys}" for i in range(64)], {"clip": toy["clip"], "eva": toy["eva"]}, [f"{captions}{i % 9}" for i in range(64)], [""]*64)
     for n in names: f = checkpoint(root/n)/"flow.json"; write_json(f, read_json(f) | {"contract": contract, "training": {"note": model, model: captions}})
     monkeypatch.setattr("blip3o_nb.judging.report.write_report", lambda report, out, images: seen.append(report))
     code, out, err = call("blip3o_eval", [*(str(root/n) for n in names), "--embeddings-dir", str(root/"set"), "--out", str(root/"out"), "--samples", "1"])
@@ -277,7 +277,7 @@ def state(tmp_path_factory):
     shards(ok/"set"); convert(ok/"set", ok/"pickles", to="pickles"); checkpoint(ok/"flow"); (ok/"flow"/"config.toml").write_text(config_text(TrainingConfig()))
     (bad := root/"bad").mkdir()
     for n, data in {"text.pkl": b"<html>", "code.pkl": b"cos\nsystem\n(S'id'\ntR.", "a.tar": b"x"*2000, "bomb.csv": b"key,text\na," + b"x"*200_000, "c.toml": b"seed = " + b"[" *5000, "wrong.toml": b"learning_rate = 'fast'", "classes.csv": b"a,b,c", "texts.txt": b"\xff\xfe"}.items(): (bad/n).write_bytes(data)
-    for n, f, data in (("set1", "manifest.json", b"[" * 10**5), ("set2", "shard-00000.safetensors", None), ("set3", "manifest.json", b'{"format": "blip3o_nb shards 2", "shards": [{"file": "../../etc/passwd"}]}')):
+    for n, f, data in (("set1", "manifest.json", b"[" * 10**5), ("set2", "clip/shard-00000.safetensors", None), ("set3", "manifest.json", b'{"format": "blip3o_nb shards 2", "shards": [{"file": "../../etc/passwd"}]}')):
         shards(bad/n); g = bad/n/f; g.write_bytes(data if data else g.read_bytes()[:100])
     for n, f, data in (("flow1", "flow.json", b"{}"), ("flow2", "model.safetensors", b"x"*99), ("flow3", "config.json", b'{"hidden_size": 1e9}'), ("flow4", "normalizers.safetensors", b"")): checkpoint(bad/n); (bad/n/f).write_bytes(data)
     (bad/"pictures").mkdir(); (bad/"pictures"/"a.png").write_bytes(b"no picture")

@@ -34,11 +34,13 @@ def pictures():
 # Large sets
 
 def large(folder, shards, per):
-    "A set of tiny samples, each shard written by the writer itself, which lists and syncs them at the end only"
-    x, scan, publish = (torch.randn(per, 4, 4), torch.randn(per, 4, 8)), ShardWriter._scan, ShardWriter.publish
-    with patch.object(os, "fsync", lambda fd: None), patch.object(ShardWriter, "_scan", lambda self: self.parts), patch.object(ShardWriter, "publish", lambda self: None), ShardWriter(folder, ABOUT, shard_size=per) as w:
-        for s in range(shards): w.add_batch([f"load-{s:05d}-{i:04d}" for i in range(per)], *x, [f"thing {i} of {s}" for i in range(per)], [f"{s:032x}{i:032x}" for i in range(per)])
-        w.flush(); w.wait(); publish(w)
+    "A set of tiny samples, written by the writer itself, which does not wait for the disk"
+    x = {"clip": torch.randn(per, 4, 4), "eva": torch.randn(per, 4, 8)}
+    with patch.object(os, "fsync", lambda fd: None), ShardWriter(folder, ABOUT, shard_size=per) as w:
+        for w.number in range(shards):
+            names = [f"{w.number:05d}-{i:04d}" for i in range(per)]
+            captions = [f"thing {i} of {w.number}" for i in range(per)]
+            w.add_batch([f"load-{n}" for n in names], x, captions, [f"{n:>064}" for n in names])
     return folder
 
 class Meter:
@@ -97,11 +99,11 @@ def test_long_captions_are_stored(tmp_path, towers, pictures, record_property):
     folder = tmp_path/"pictures"; folder.mkdir()
     captions = {f"{i}": c for i, c in enumerate((LONG, "\u4e2d"*100_000, "x"*100_000, "", "\U0001f600"*10_000))}
     for (k, c), data in zip(captions.items(), pictures): (folder/f"{k}.webp").write_bytes(data); (folder/f"{k}.txt").write_text(c)
-    with Meter() as m: ds = extract(folder, tmp_path/"beside", *towers, progress=False)
+    with Meter() as m: ds = extract(folder, tmp_path/"beside", dict(zip(("clip", "eva"), towers)), progress=False)
     assert dict(zip(ds.keys, ds.captions)) == captions
     table = tmp_path/"table.jsonl"; table.write_text("".join(json.dumps(dict(file_name=f"{k}.webp", caption=c)) + "\n" for k, c in captions.items()))
     for k in captions: (folder/f"{k}.txt").unlink()
-    ds = extract(folder, tmp_path/"table", *towers, progress=False, captions=table)
+    ds = extract(folder, tmp_path/"table", dict(zip(("clip", "eva"), towers)), progress=False, captions=table)
     assert dict(zip(ds.keys, ds.captions)) == captions and m.MB < 200
     record_property("provoked", 2*len(captions))
 
@@ -110,7 +112,7 @@ def test_a_book_is_no_caption(tmp_path, towers, pictures):
     from blip3o_nb.features.extract import extract
     folder = tmp_path/"pictures"; folder.mkdir()
     for k, data, caption in zip("ab", pictures, ("a boat", "a boat, "*200_000)): (folder/f"{k}.webp").write_bytes(data); (folder/f"{k}.txt").write_text(caption)
-    assert extract(folder, tmp_path/"set", *towers, progress=False).keys == ["a"]
+    assert extract(folder, tmp_path/"set", dict(zip(("clip", "eva"), towers)), progress=False).keys == ["a"]
     assert read_json(tmp_path/"set/skipped.json") == {"b": "a txt of 1,600,000 bytes beside it"}
 
 @pytest.mark.fault("a thousand captions of 100 kB in one shard", "ShardWriter", "a set that can be read: a header has 100 MB at most")
@@ -118,7 +120,7 @@ def test_a_shard_of_long_captions_can_be_read(tmp_path, times):
     "Characters that JSON writes as an escape of an escape take 14 bytes each"
     n = times(80, 1000)
     with ShardWriter(tmp_path/"set", ABOUT) as w:
-        for i in range(n): w.add(f"k{i}", torch.randn(4, 4), torch.randn(4, 8), "\U0001f600"*100_000)
+        for i in range(n): w.add(f"k{i}", "\U0001f600"*100_000, clip=torch.randn(4, 4), eva=torch.randn(4, 8))
     ds = FeatureDataset(tmp_path/"set")
     assert len(ds) == n and set(map(len, ds.captions)) == {100_000}
 
@@ -137,7 +139,7 @@ def test_long_captions_are_cut_in_figures(tmp_path, record_property):
     from blip3o_nb.generation.widgets import plot_mix, plot_nearest, show_sample
     texts, emb = [LONG, "x"*100_000, "\u4e2d"*100_000, "$"*100_000, "a\n"*50_000], torch.randn(5, 8)
     toy, grey = toy_features(5), Image.new("RGB", (8, 8), "grey")
-    with ShardWriter(tmp_path/"set", ABOUT) as w: w.add_batch(toy["keys"], toy["clip"], toy["eva"], texts, [""]*5)
+    with ShardWriter(tmp_path/"set", ABOUT) as w: w.add_batch(toy["keys"], {"clip": toy["clip"], "eva": toy["eva"]}, texts, [""]*5)
     ds, start = FeatureDataset(tmp_path/"set"), time.process_time()
     axs = [gallery([grey]*2, texts[:2], [texts]*2, [texts]*2)[0, 0], plot_nearest(emb[0], texts, emb), plot_mix(torch.linspace(0, 1, 3), emb[:3], emb[:2], .5, texts, emb, texts[3:])[0], show_sample(ds, 1)[0, 0]]
     for ax in axs:
@@ -155,7 +157,7 @@ def few(folder, training, held_out):
     toy = toy_features(60, grid=2)
     at = [i for side, n in ((False, training), (True, held_out)) for i in [i for i, k in enumerate(toy["keys"]) if is_held_out(k) == side][:n]]
     with ShardWriter(folder, ABOUT) as w:
-        if at: w.add_batch([toy["keys"][i] for i in at], toy["clip"][at], toy["eva"][at], [toy["captions"][i] for i in at], [""]*len(at))
+        if at: w.add_batch([toy["keys"][i] for i in at], {"clip": toy["clip"][at], "eva": toy["eva"][at]}, [toy["captions"][i] for i in at], [""]*len(at))
     return folder
 
 def trained(features, out, cbs=(), **options):
@@ -186,7 +188,7 @@ def test_few_samples_train(training, held_out, said, tmp_path):
 def test_one_picture_and_equal_pictures_train(tmp_path, record_property):
     assert trained(few(tmp_path/"one", 1, 1), tmp_path/"run", target_norm="channel").record["norm_ratio"]
     x = toy_features(1, grid=2)
-    with ShardWriter(tmp_path/"same", ABOUT) as w: w.add_batch([f"toy0-{i:05d}" for i in range(20)], *(x[n].expand(20, -1, -1) for n in ("clip", "eva")), [""]*20, [""]*20)
+    with ShardWriter(tmp_path/"same", ABOUT) as w: w.add_batch([f"toy0-{i:05d}" for i in range(20)], {n: x[n].expand(20, -1, -1) for n in ("clip", "eva")}, [""]*20, [""]*20)
     assert trained(tmp_path/"same", tmp_path/"run2").record["norm_ratio"]
     record_property("provoked", 2)
 
@@ -214,7 +216,7 @@ def test_few_pictures_extracted(tmp_path, towers, pictures):
     for n in (1, 2):
         folder = tmp_path/f"{n}"; folder.mkdir()
         for i in range(n): (folder/f"{i}.webp").write_bytes(pictures[i])
-        assert len(extract(folder, tmp_path/f"set{n}", *towers, progress=False)) == n
+        assert len(extract(folder, tmp_path/f"set{n}", dict(zip(("clip", "eva"), towers)), progress=False)) == n
 
 # Leaks
 
@@ -270,7 +272,7 @@ def test_again_and_again(what, tmp_path, towers, pictures, times, record_propert
     folder = tmp_path/"pictures"; folder.mkdir()
     for i, data in enumerate(pictures[:4]): (folder/f"{i}.webp").write_bytes(data)
     def act(i):
-        if what == "extraction": extract(folder, tmp_path/f"out{i}", *towers, progress=False)
+        if what == "extraction": extract(folder, tmp_path/f"out{i}", dict(zip(("clip", "eva"), towers)), progress=False)
         if what == "a set":
             dls = feature_dls(features, bs=4, device="cpu", in_memory=bool(i % 2))
             for _ in dls.train: pass

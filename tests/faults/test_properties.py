@@ -57,7 +57,7 @@ def write(folder, s, dtype, shard_size, cuts):
     "In batches that end at `cuts`, each by a writer of its own half of the time"
     ends = sorted({c % len(s["keys"]) for c in cuts} - {0}) + [len(s["keys"])]
     for a, b in zip([0, *ends], ends):
-        with ShardWriter(folder, {"clip": {"model": "a"}, "eva": {"model": "b"}}, dtype, shard_size) as w: w.add_batch(s["keys"][a:b], s["clip"][a:b], s["eva"][a:b], s["captions"][a:b], ["h"]*(b - a))
+        with ShardWriter(folder, {"clip": {"model": "a"}, "eva": {"model": "b"}}, dtype, shard_size) as w: w.add_batch(s["keys"][a:b], {"clip": s["clip"][a:b], "eva": s["eva"][a:b]}, s["captions"][a:b], ["h"]*(b - a))
     return folder
 
 def close(a, b, dtype):
@@ -83,8 +83,8 @@ def test_what_is_written_is_read(s, dtype, shard_size, cuts, seed, folder):
 @prop(half=halves, caption=st.booleans())
 def test_half_a_character_is_refused(half, caption, folder):
     with ShardWriter(folder/"s", {}) as w:
-        with pytest.raises(InputError, match="no text that can be stored"): w.add("a" if caption else half, torch.ones(1, 1), torch.ones(1, 1), half if caption else "")
-        w.add("b", torch.ones(1, 1), torch.ones(1, 1))
+        with pytest.raises(InputError, match="no text that can be stored"): w.add("a" if caption else half, half if caption else "", clip=torch.ones(1, 1), eva=torch.ones(1, 1))
+        w.add("b", clip=torch.ones(1, 1), eva=torch.ones(1, 1))
     assert FeatureDataset(folder/"s").keys == ["b"]
 
 @fault("keys and captions of any Unicode, in any layout, type and size of file", "conversion", "shards to pickles to shards is the same set")

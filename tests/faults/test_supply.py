@@ -173,7 +173,7 @@ def test_training_contacts_nobody(tmp_path, monkeypatch, capsys, alone):
     from blip3o_nb.features.shards import ShardWriter
     monkeypatch.setenv("CONTACTED", str(tmp_path/"contacted"))
     toy = toy_features(24, grid=2)
-    with ShardWriter(tmp_path/"features", {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}) as w: w.add_batch(toy["keys"], toy["clip"], toy["eva"], toy["captions"], [""]*24)
+    with ShardWriter(tmp_path/"features", {"clip": {"model": "toy-clip"}, "eva": {"model": "toy-eva"}}) as w: w.add_batch(toy["keys"], {"clip": toy["clip"], "eva": toy["eva"]}, toy["captions"], [""]*24)
     options = dict(embeddings_dir=tmp_path/"features", output_dir=tmp_path/"run", model_size="nano", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_epochs=1, batch_size=4)
     monkeypatch.setattr(sys, "argv", ["blip3o_train", *(x for k, v in options.items() for x in (f"--{k}", str(v)))])
     blip3o_train()
