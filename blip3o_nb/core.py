@@ -257,7 +257,7 @@ class TensorRows:
             if (views[k].get_dtype(), views[k].get_shape()) != (self.names[dtype], [n, *shape]):
                 raise InputError(f"{path} does not hold what is said of it: restore it, or make it again "
                                  "elsewhere")
-        for old in list(self._open)[:len(self._open) + 1 - self.most]: self._open.pop(old, None)
+        if len(self._open) >= self.most: self._open.pop(next(iter(self._open)), None)
         self._open[i] = views
         return views
 
@@ -271,7 +271,7 @@ class TensorRows:
         for b, i in enumerate(np.searchsorted(self.starts, rows, "right") - 1):
             j = int(rows[b] - self.starts[i])
             for k, view in self.views(int(i)).items():
-                out[k][b] = view[j]
+                raw[k][b] = view[j].flatten().view(torch.uint8).numpy() # torch would start threads for a row
                 if k in self.sums[i] and self.sums[i][k][j] != xxhash.xxh3_64_intdigest(raw[k][b]):
                     path, name, *_ = self.files[i]
                     raise InputError(f"{path} does not match its checksums: the {name}{k} of '{called(b)}' "

@@ -158,8 +158,9 @@ def read_json(
 def fits(x, form) -> bool:
     "Whether a value of JSON is of that form; text has to be one that can be stored"
     if isinstance(form, dict):
-        return isinstance(x, dict) and all(
-            all(fits(v, f) for v in x.values()) if k is ... else fits(x.get(k), f) for k, f in form.items())
+        if not isinstance(x, dict): return False
+        if ... in form: return all(fits(v, form[...]) for v in x.values())
+        return all(k in x and fits(x[k], f) for k, f in form.items())
     if isinstance(form, list): return isinstance(x, list) and all(fits(v, form[0]) for v in x)
     if isinstance(form, tuple): return any(fits(x, f) for f in form)
     if isinstance(form, range): return type(x) is int and x in form

@@ -99,7 +99,8 @@ def test_noise_and_times_are_fresh_in_every_batch(features):
 def test_validation_has_no_training_picture(features):
     "Bug 7: the two sides of the DataLoaders share no key, and copies under other names are refused"
     from blip3o_nb.features.loading import feature_dls
-    from blip3o_nb.features.shards import FeatureDataset, leak_check
+    from blip3o_nb.core import leak_check
+    from blip3o_nb.features.shards import FeatureDataset
     dls = feature_dls(features, bs=16, device="cpu")
     both = set(dls.train_ds.keys) & set(dls.valid_ds.keys)
     assert not both, f"{len(both)} of {len(dls.valid_ds)} validation pictures are training pictures"

@@ -1,7 +1,6 @@
 """Evaluations that are large, killed, or fed with what cannot be judged: memory, resumption, and what is said."""
 import json, signal, subprocess, sys, time
 import pytest, torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from blip3o_nb.files import InputError, read_json, write_json
 from blip3o_nb.core import seed_everything, toy_features
@@ -87,12 +86,13 @@ def test_a_network_that_diverged(small, tmp_path):
     with pytest.raises(InputError, match="generated tokens of .* are not finite"): evaluate(tmp_path/"flow", features, progress=False)
 
 def test_duplicate_keys(small, tmp_path):
-    "A set that lists a picture twice is refused by the picture's name"
+    "A set that lists an image twice is refused by the file's name"
     import shutil
     features, flow = small
     shutil.copytree(features, tmp_path/"twice")
-    m = read_json(tmp_path/"twice"/"manifest.json"); write_json(tmp_path/"twice"/"manifest.json", {**m, "shards": m["shards"]*2})
-    with pytest.raises(InputError, match="twice"): evaluate(flow, tmp_path/"twice", progress=False)
+    part = next((tmp_path/"twice"/"samples").glob("*.json"))
+    write_json(part, {k: v*2 if isinstance(v, list) else v for k, v in read_json(part).items()})
+    with pytest.raises(InputError, match="part-00000.json is damaged"): evaluate(flow, tmp_path/"twice", progress=False)
 
 def test_other_features_and_folders(small, tmp_path):
     features, flow = small

@@ -286,13 +286,16 @@ def _describe(s, path, layout, given):
         raise InputError(f"{path} is named {mode} and has {tokens['clip']} tokens: rename it after what it holds")
     try: c = json.loads(s["config"]["contract"])
     except (KeyError, TypeError, ValueError, RecursionError): c = None
-    if type(c) is not dict or not all(type(c.get(n)) is dict for n in tokens):
-        c = {"source": {"format": "seed pickle", "training_mode": mode or "unknown"}}
+    if type(c) is dict and all(type(c.get(n)) is dict for n in tokens): c = {n: c[n] for n in tokens}
+    else:
+        c = {}
         for n, k in tokens.items():
             c[n] = dict(model=str(s["config"].get(f"{n}_model", "unknown")), stage="unknown", layout=_name(mode, k),
                         width=s[n].shape[2], num_tokens=k, grid=layout_of(k).grid)
     if layout: c = _reduced(c, layout, {n: to_layout(s[n][:1], layout).shape[1] for n in tokens})
-    return {**c, **{k: {**_part(c, k), **v} if isinstance(v, dict) else v for k, v in (given or {}).items()}}
+    if other := sorted(set(given or ()) - set(c)):
+        raise InputError(f"the contract given is of '{other[0]}': pickles hold {' and '.join(c)}")
+    return {n: c[n] | _part(given or {}, n) for n in c}
 
 def _pickles(src):
     "The pickles of a folder, in order"

@@ -57,7 +57,8 @@ def check_contract(
 FORMAT, MANIFEST = "blip3o_nb shards 4", "manifest.json"
 _N, _D, _FILE = range(2**48), range(1, 2**24), re.compile(r"(\.\./)?shard-\d{5,9}\.safetensors")
 SET = dict(format=FORMAT, shard_size=range(1, 2**48))
-COLUMN = dict(format=FORMAT, dtype=tuple(DTYPES), num_tokens=(None, _D), width=(None, _D), contract=dict)
+_ABOUT = dict(format=FORMAT, dtype=tuple(DTYPES), contract=dict)
+COLUMN = tuple(_ABOUT | dict(num_tokens=n, width=n) for n in (_D, None)) # None: without samples so far
 SAMPLES = dict(keys=[str], captions=[str], image_hashes=[str])
 PART = SAMPLES | dict(skipped={...: str}, plan=(None, dict(first=_N, keys=str)))
 SHARD = dict(file=_FILE, tensor=str, bytes=_N, sha256=str, keys=[str], lengths=(None, [_N]), contract=dict,
@@ -112,7 +113,7 @@ def _header(path, digest):
             size = f.read(8)
             seen = hashlib.sha256(size + f.read(int.from_bytes(size, "little")) + more).hexdigest()
         if digest not in (None, seen): raise ValueError("its header does not match the manifest")
-        return listing(path, _OLD_HEADER, json.loads(text or more))
+        return listing(path, _OLD_HEADER, {"checksums": None} | json.loads(text or more))
     except InputError: raise
     except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError) as e:
         raise InputError(f"cannot read {path}: {e}; restore the file, or extract into another folder") from e
@@ -121,7 +122,8 @@ def _read_earlier(folder, m, names):
     "A set whose files hold all columns, as if each column had files of its own"
     check_form(m, _OLD_SET, folder/MANIFEST)
     parts, columns = {}, {}
-    for c in {*m["contract"], *m["shapes"]}.intersection(names or {*m["contract"], *m["shapes"]}):
+    for c in m["shapes"] or m["contract"]:
+        if names is not None and c not in names: continue
         n, d = (m["shapes"].get(c, [None]) + [None])[:2]
         about = dict(format=FORMAT, dtype=m["dtype"], num_tokens=n, width=d)
         columns[c] = folder, about | dict(contract=m["contract"].get(c, {})), {}
