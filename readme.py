@@ -1,11 +1,21 @@
 """README.md from nbs/index.ipynb, without Quarto: prose, visible code, and what the stored outputs show.
 
+Figures of other notebooks that the index shows are taken from their stored outputs.
 `python readme.py runs/demo` first takes the figures and the gallery of that run over into nbs/, for the index to show."""
-import re, shutil, sys
+import base64, re, shutil, sys
 from pathlib import Path
 from fastcore.nbio import read_nb
 
 ROOT = Path(__file__).parent
+FIGURES = { # name in nbs/images -> notebook, and how the cell begins that draws it
+    "two_answers": ("tutorials/your_features", "pipe, held, train ="),
+    "when_a_flow": ("experiments/baselines", "fig, axs = plt.subplots(1, 2, figsize=(7.2, 2.6), dpi=110)")}
+
+def take_figure(name, notebook, begins):
+    "Write the figure that a cell of a notebook has stored"
+    [cell] = [c for c in read_nb(ROOT/f"nbs/{notebook}.ipynb").cells if c.source.startswith(begins)]
+    [png] = [o["data"]["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
+    (ROOT/f"nbs/images/{name}.png").write_bytes(base64.b64decode("".join(png)))
 
 def take_over(run):
     "Copy a run's report, and draw its gallery with four pictures"
@@ -34,6 +44,7 @@ def cell_markdown(c):
 
 if __name__ == "__main__":
     if len(sys.argv) > 1: take_over(Path(sys.argv[1]))
+    for name, where in FIGURES.items(): take_figure(name, *where)
     text = "\n\n".join(s for c in read_nb(ROOT/"nbs/index.ipynb").cells for s in cell_markdown(c))
     text = re.sub(r"\]\((images/|\d+_|tutorials/|experiments/|assets/|glossary|contributing|reliability)", r"](nbs/\1", text)
     (ROOT/"README.md").write_text("<!-- made from nbs/index.ipynb by readme.py: edit the notebook -->\n\n" + text.strip() + "\n", encoding="utf-8")
