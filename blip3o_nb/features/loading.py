@@ -224,7 +224,9 @@ class ArrayDataset(Columns):
         pairs = {check_column(k): as_column(x, k) for k, x in columns.items()}
         self.data, self.seq = ({k: pair[i] for k, pair in pairs.items()} for i in (0, 1))
         counts = {k: len(x) for k, x in self.data.items()}
-        n, self.where, self.contract = max(counts.values(), default=0), where, contract or {}
+        n, self.where, self.contract = max(counts.values(), default=0), where, dict(contract or {})
+        for k, lengths in self.seq.items():
+            if lengths is not None: self.contract[k] = {"layout": "sequence"} | self.contract.get(k, {})
         self.keys = [str(k) for k in (range(n) if keys is None else keys)]
         self.captions = [""]*n if captions is None else list(captions)
         counts |= dict(keys=len(self.keys), captions=len(self.captions))
@@ -490,7 +492,9 @@ def sizes(self:TaskLoaders) -> dict: # as `BLIP3oDiTConfig` names them
     def side(column, norm):
         shape = self.shape(column)
         n, d = Normalizer(norm, shape=shape).encoded_shape
-        return n, d, layout_of(n, self.contract.get(column, {}).get("prefix")).prefix
+        about = self.contract.get(column, {})
+        if about.get("layout") == "sequence": return n, d, n # of 16 words, none has a place in a grid
+        return n, d, layout_of(n, about.get("prefix")).prefix
     n, d, front = side(self.task.target, self.task.target_norm)
     m, c, cond_front = side(self.task.cond, self.task.cond_norm)
     scale = dict(feature_scale=d**.5) if self.task.target_norm in ("l2", "sphere") else {}

@@ -213,6 +213,7 @@ def features(self:Pipeline, x, progress:bool=False) -> torch.Tensor: # `[B, M, C
     if isinstance(x, np.ndarray) and x.dtype.kind == "f": x = torch.from_numpy(x)
     if not torch.is_tensor(x): x = self.encoded(self.images(x), progress)
     if not len(x): raise InputError("there are no images to generate from: give at least one")
+    if x.ndim == 2: x = x[:, None] # a vector is one token
     want = self.cond_norm.shape or tuple(x.shape[1:])
     if x.ndim != 3 or tuple(x.shape[1:]) != tuple(want):
         sizes, model = ", ".join(map(str, want)), self.contract[self.task.cond].get("model")
