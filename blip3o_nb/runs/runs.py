@@ -228,7 +228,7 @@ def summary(learn, config:TrainingConfig) -> dict:
     "What a training came to"
     r, scores = learn.record, {}
     if r.get("gen_step"):
-        scores = {"held-out cosine": r["gen_cosine"][-1], "held-out centred cosine": r["gen_centred"][-1], "band": quality_band(learn.dls.task.target, r["gen_cosine"][-1])}
+        scores = {"held-out cosine": r["gen_cosine"][-1], "held-out centred cosine": r["gen_centred"][-1], "band": quality_band(learn.dls.task, r["gen_cosine"][-1])}
         if "gen_train_centred" in r: scores |= {"training cosine": r["gen_train_cosine"][-1], "training centred cosine": r["gen_train_centred"][-1]}
         if config.overfit_test_size: scores["overfit test passed"] = scores["training cosine"] > OVERFIT_COSINE
     return dict(task=config.task, steps=learn.train_iter, loss=r["valid_loss"][-1], **scores, pictures=learn.generation.judged if scores else 0, seed=config.seed, notes=[str(n) for n in quality_notes(r)] if r.get("monitor_step") else [])

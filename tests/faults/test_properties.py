@@ -209,7 +209,7 @@ def test_token_scores(x):
     scaled = metrics.token_scores(scale*a, b)
     assert torch.allclose(scaled["cosine"], s["cosine"], atol=1e-4) and torch.allclose(scaled["norm ratio"], scale*s["norm ratio"], rtol=1e-4)
     c = metrics.bootstrap(s["cosine"], n_boot=50)
-    assert s["cosine"].min() - 1e-6 <= c.low <= c.high <= s["cosine"].max() + 1e-6 and metrics.quality_band("general", c.value) in ("poor", "fair", "good", "excellent")
+    assert s["cosine"].min() - 1e-6 <= c.low <= c.high <= s["cosine"].max() + 1e-6 and metrics.quality_band(metrics.QUALITY["general"], c.value) in ("poor", "fair", "good", "excellent")
 
 @fault("any embeddings with ties and numbers that are none, in any order", "metrics of retrieval", "shares in [0, 1] that know no scale and no order; a tie never helps")
 @prop(x=clouds(), ties=st.booleans(), nan=st.booleans())
