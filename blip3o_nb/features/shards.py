@@ -127,7 +127,8 @@ def _list(self:ShardWriter, n, rows, unread):
     "List samples in part `n`, or compare them with those that are listed"
     self._see(n)
     part, new = self.parts.get(n), [r for r in rows if r[0] not in self.hashes]
-    if part is None or (new and not part["keys"]):
+    to_list = new and not part["keys"] if part else new or unread or self.plan
+    if to_list: # otherwise another process has stored all of them
         lists = [list(x) for x in zip(*new)] or [[], [], []]
         part = dict(zip(SAMPLES, lists), skipped=unread, plan=self.plan)
         self.put(f"samples/part-{n:05d}.json", part)
