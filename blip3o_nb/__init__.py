@@ -32,7 +32,7 @@ _MOVED = { # module, or name in a module, of earlier versions -> where it is now
     "adapters": "flow.samplers", "attention": "network.attention", "baselines": "judging.baselines",
     "cli": "commands.cli", "cli_eval": "commands.cli", "command": "commands.command",
     "convert": "earlier.pickles", "distributed": "runs.distributed", "dit": "network.dit",
-    "download": "earlier.download", "encoders": "features.encoders", "evaluate": "judging.evaluate",
+    "download": "earlier.programs", "encoders": "features.encoders", "evaluate": "judging.evaluate",
     "extract": "features.extract", "images": "features.images", "inference": "generation.pipeline",
     "learner": "training.learner", "likelihood": "flow.samplers", "loading": "features.loading",
     "losses": "flow.losses", "metrics": "judging.metrics", "monitors": "training.monitors",

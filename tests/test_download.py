@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 from blip3o_nb.files import InputError
-from blip3o_nb.earlier.download import download, list_tars
+from blip3o_nb.earlier.programs import download, list_tars
 from blip3o_nb.features.images import read_images
 
 REPO, TOKEN, A, B = "someone/pictures", "hf_secretsecretsecret", "a"*40, "b"*40
@@ -160,7 +160,7 @@ def test_many_at_a_time(hub, tmp_path):
 @pytest.fixture
 def arrival(monkeypatch):
     "`event` is set when 100,000 bytes of a file have arrived that has more to come; `stop` is what the download sets to end"
-    from blip3o_nb.earlier import download as module
+    from blip3o_nb.earlier import programs as module
     seen, fetch = SimpleNamespace(event=threading.Event(), over=threading.Event(), stop=None), module.fetch
     def watched(url, part, size, stop, progress):
         seen.stop = stop

@@ -206,9 +206,9 @@ def run(monkeypatch, capsys, program, *args):
 SEED_COMMANDS = { # as printed in the documents; the name of the script is ours, folders and pictures are the test's
     "seed 0, with CLS": ('blip3o_extract --output_dir {out} --training_mode cls_patch --batch_size 32', 65),
     "seed 0, patches": ('blip3o_extract --output_dir {out} --training_mode patch_only --batch_size 64', 64),
-    "seed 1, patches": ('blip3o_extract --chunked_embeddings_dir {out}', 64),
+    "seed 1, by default": ('blip3o_extract --chunked_embeddings_dir {out}', 65),
     "seed 1, with CLS": ('blip3o_extract --include_cls --chunked_embeddings_dir {out}', 65),
-    "seed 3": ('blip3o_extract --input_dir {pictures} --output_dir {out} --batch_size 32', 64)}
+    "seed 3": ('blip3o_extract --input_dir {pictures} --output_dir {out} --batch_size 32', 65)}
 
 @pytest.mark.parametrize("name", SEED_COMMANDS)
 def test_seed_command(name, tmp_path, pictures, monkeypatch, capsys):

@@ -120,17 +120,17 @@ def test_no_arrow_runs_up():
 
 def test_an_arrow_that_runs_up_is_seen():
     sources = {"files": "", "core": "def f(): from .flow.paths import x", "flow.paths": "from ..core import y",
-               "flow.losses": "from blip3o_nb.earlier.names import z\nfrom .samplers import s",
-               "earlier.names": "from ..files import w"}
+               "flow.losses": "from blip3o_nb.earlier.programs import z\nfrom .samplers import s",
+               "earlier.programs": "from ..files import w"}
     assert list(odd_imports(sources)) == ["core imports flow.paths, which comes later",
-                                          "flow.losses imports earlier.names",
+                                          "flow.losses imports earlier.programs",
                                           "flow.losses imports flow.samplers, which is no room"]
 
 def test_each_notebook_writes_the_module_that_its_place_says():
     for module, nb in rooms(ROOT/"nbs").items():
         assert module == ".".join(re.sub(r"^\d+_", "", p) for p in nb.with_suffix("").parts)
 
-NO_TORCH = ("files", "options", "commands.command", "commands.cli", "earlier.names")
+NO_TORCH = ("files", "options", "commands.command", "commands.cli", "earlier.programs")
 
 def test_commands_explain_themselves_without_torch():
     code = "import sys, importlib\nfor m in sys.argv[1:]: importlib.import_module(f'blip3o_nb.{m}')\nprint('torch' in sys.modules)"

@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from ..core import layout_of, to_layout
 from .images import reason, upright_rgb
 from ..files import InputError, data_path, read_json
+from ..options import EncoderOptions
 
 # %% ../../nbs/3_features/02_encoders.ipynb #8dbe4d6e
 STAGES = ("hidden", "normed", "projected") # before the tower's final norm, after it, and after its projection
@@ -176,8 +177,8 @@ class Encoder:
     "A frozen tower at one stage, in one layout; raises `InputError` where the tower does not have them"
     def __init__(self,
         tower:Tower,
-        stage:str="hidden",     # "hidden", "normed" or "projected"
-        layout:str="cls_patch"  # "cls_patch", "patch_only", "grid_64" or another grid that divides its own
+        stage:str=EncoderOptions.stage,   # "hidden", "normed" or "projected"
+        layout:str=EncoderOptions.layout  # "cls_patch", "patch_only", "grid_64" or a grid that divides its own
     ):
         if stage not in STAGES:
             raise InputError(f"unknown stage '{stage}': choose one of {', '.join(STAGES)}")
@@ -539,8 +540,8 @@ def own_encoder(
 
 def load_encoder(
     name:str,               # shipped, "ARCH", "ARCH/tag", "ARCH:FILE", hub id, folder, "python:MODULE:NAME"
-    stage:str="hidden",     # "hidden", "normed" or "projected"
-    layout:str="cls_patch", # "cls_patch", "patch_only", "grid_64" or another grid that divides the tower's
+    stage:str=EncoderOptions.stage,   # "hidden", "normed" or "projected"
+    layout:str=EncoderOptions.layout, # "cls_patch", "patch_only", "grid_64" or a grid that divides the tower's
     device=None,            # default: the GPU if there is one
     dtype:torch.dtype|str|None=None, # "fp32" (the default), "fp16", "bf16", or torch's own
     compile:bool=False,     # compile the blocks at the first batch

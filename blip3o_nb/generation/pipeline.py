@@ -191,16 +191,23 @@ def image(self:Pipeline, x) -> Image.Image:
                      "tokens [B, M, C]")
 
 # %% ../../nbs/5_generation/01_pipeline.ipynb #ea23feb1
+def _starts_code(
+    contract:dict # of a column
+) -> bool:
+    "Whether its encoder is a module of your own"
+    from blip3o_nb.features.encoders import parse_name
+    return parse_name(contract["model"])[0] == "python"
+
 @patch
 def encoder(self:Pipeline, which:str): # a column
     "The encoder of that feature, loaded from the contract at first use"
-    from blip3o_nb.features.encoders import load_encoder, parse_name
+    from blip3o_nb.features.encoders import load_encoder
     if which not in self.encoders:
         c = self.contract.get(which, {})
         if not all(c.get(k) and c[k] != "unknown" for k in ("model", "stage", "layout")):
             raise InputError(f"the checkpoint does not know which encoder made its {which} features: load it "
                              "and give it to `use`")
-        if parse_name(c["model"])[0] == "python":
+        if _starts_code(c):
             raise InputError(f"the {which} features are of {c['model']}, and a checkpoint does not start "
                              f"code: load that encoder and give it to use({which}=)")
         enc = load_encoder(c["model"], stage=c["stage"], layout=c["layout"], device=self.device)
@@ -511,8 +518,8 @@ def _reused(file, source, first):
 # %% ../../nbs/5_generation/01_pipeline.ipynb #e0417f6d
 def _pools(pipe):
     "Whether the target encoder is at hand and gives embeddings"
-    column = pipe.task.target
-    known = column in pipe.encoders or pipe.contract[column].get("stage")
+    column, c = pipe.task.target, pipe.contract[pipe.task.target]
+    known = column in pipe.encoders or (c.get("stage") and not _starts_code(c))
     return bool(known) and hasattr(pipe.encoder(column), "pool")
 
 def _made(pipe, source, span, file, dtype, options):

@@ -7,11 +7,11 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/6_judging/evaluate.html.md"""
 # %% auto #0
 __all__ = ['SET_SIZE', 'NOTES', 'FIT_SIZE', 'TRIED', 'STEPS_SIZE', 'ORDER', 'Row', 'difference', 'judge_tokens', 'tower_of',
            'text_side', 'labels_of', 'judge_embeddings', 'check_finite', 'collect', 'shown_in', 'Report', 'notes_of',
-           'Samples', 'fit_baselines', 'load_all', 'sampled', 'methods_of', 'features_of', 'check_judges', 'splits_of',
-           'facts_of', 'answers_of_metrics', 'identity', 'embeddings_of', 'row_of', 'bands', 'evaluate']
+           'Samples', 'fit_baselines', 'load_all', 'sampled', 'methods_of', 'as_trained', 'features_of', 'check_judges',
+           'splits_of', 'facts_of', 'answers_of_metrics', 'identity', 'embeddings_of', 'row_of', 'bands', 'evaluate']
 
 # %% ../../nbs/6_judging/03_evaluate.ipynb #82696a9a
-import hashlib, json, shutil, tempfile, warnings
+import hashlib, json, math, shutil, tempfile, warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -30,6 +30,7 @@ from .metrics import (METRICS, QUALITY, Known, Score, bands_of, bootstrap, chanc
                                        quality_band, token_scores, unique_captions, zero_shot_chance)
 from ..flow.paths import path_dict
 from ..flow.samplers import evaluations
+from ..features.loading import InLayout
 from ..features.shards import FeatureDataset
 
 # %% ../../nbs/6_judging/03_evaluate.ipynb #97196cf4
@@ -405,9 +406,22 @@ def methods_of(
     return {n: methods[n] for n in sorted(methods, key=lambda n: ORDER.index(roles[n]))}, roles, main, solvers
 
 # %% ../../nbs/6_judging/03_evaluate.ipynb #6c0d0b27
+def as_trained(
+    data:FeatureDataset,
+    pipe # a `Pipeline`
+): # a dataset
+    "Features in the layout of the training, where that is poorer than the one they are stored in"
+    how = {}
+    for c in dict.fromkeys((pipe.task.target, pipe.task.cond)):
+        known, have = (x.contract.get(c, {}) for x in (pipe, data))
+        same = known.get("layout") and have.get("model") == known.get("model")
+        if same and (known.get("num_tokens") or math.inf) < data.shape(c)[0]: how[c] = known["layout"]
+    return InLayout(data, how, list(how)) if how else data
+
 def features_of(folder, split, pipe, n=None) -> FeatureDataset:
     "The columns of a task on one side of the split that its training made"
-    return FeatureDataset(folder, split, pipe.held_out, n, (pipe.task.target, pipe.task.cond))
+    columns = pipe.task.target, pipe.task.cond
+    return as_trained(FeatureDataset(folder, split, pipe.held_out, n, columns), pipe)
 
 def check_judges(
     pipes:dict,             # from `load_all`

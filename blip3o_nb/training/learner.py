@@ -28,7 +28,7 @@ from fastcore.foundation import L
 from tqdm.auto import tqdm
 from ..files import InputError
 from ..core import Task, get_task, layout_of, named_generator
-from ..options import FlowOptions, OptimiserOptions, width_lr
+from ..options import FlowOptions, OptimiserOptions, RunOptions, width_lr
 from ..flow.losses import BLIP3oFlowMatchingLoss, cls_weights
 from ..flow.samplers import cast, evaluating, network_dtype, prediction_of, sample
 from ..flow.paths import (LinearPath, PathSample, dimension_shift, make_path, noise_band,
@@ -449,11 +449,11 @@ def flow_learner(
     ema:float=OptimiserOptions.ema, # final decay of the average of the weights
     clip:float=OptimiserOptions.max_grad_norm, # largest gradient norm
     accumulate:int=OptimiserOptions.gradient_accumulation_steps, # batches whose gradients make one step
-    precision:str="auto",   # see `PrecisionCallback`
+    precision:str=RunOptions.precision, # see `PrecisionCallback`
     objective:str=FlowOptions.objective, # "flow", or "regression" for the same network without a flow
-    gradient_checkpointing:bool=False, # less memory for a second forward pass
-    compile:bool=False,     # compiled blocks
-    progress:bool=True, seed:int=0, cbs=(),
+    gradient_checkpointing:bool=RunOptions.gradient_checkpointing, # less memory for a second forward pass
+    compile:bool=RunOptions.compile, # compiled blocks
+    progress:bool=True, seed:int=RunOptions.seed, cbs=(),
     **loss                  # of `BLIP3oFlowMatchingLoss`; default of `loss_space`: what the model answers
 ) -> FlowLearner:
     "A fastai `Learner` that trains `model` on the flow from noise to the task's target; raises `InputError`"

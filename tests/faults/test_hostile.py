@@ -305,7 +305,6 @@ def test_processes_on_malformed_input(state, times, record_property):
     if not some: pytest.skip("eight seconds each, in the full form; test_programs_on_malformed_input runs them in this process")
     for line in some:
         name, *argv = line.split()
-        module = "cli_eval" if name in ("blip3o_eval", "blip3o_sample") else "cli"
-        r = subprocess.run([sys.executable, "-c", f"import sys; sys.argv[0] = {name!r}; from blip3o_nb.{module} import {name}; {name}()", *argv], cwd=state, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        r = subprocess.run([sys.executable, "-c", f"import sys; sys.argv[0] = {name!r}; from blip3o_nb.commands.cli import {name}; {name}()", *argv], cwd=state, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         assert r.returncode in (1, 2) and len(r.stderr.splitlines()) == 1 and r.stderr.startswith(f"{name}: "), (r.returncode, r.stderr[-2000:])
     assert tree(state) == before

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch, torch.nn.functional as F
 from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
-from blip3o_nb.commands import cli, cli as cli_eval
+from blip3o_nb.commands import cli
 from blip3o_nb.judging import metrics
 from blip3o_nb.commands.command import fold
 from blip3o_nb.earlier.pickles import convert
@@ -14,7 +14,7 @@ from blip3o_nb.files import InputError
 from blip3o_nb.core import layout_of, to_layout
 from blip3o_nb.network.dit import BLIP3oDiTConfig
 from blip3o_nb.network.nextdit import NextDiTConfig
-from blip3o_nb.options import RECIPES, TrainingConfig, config_text, make_config, read_config
+from blip3o_nb.options import RECIPES, TrainingConfig, config_text, make_config, read_config, value_type
 from blip3o_nb.features.shards import DTYPES, FeatureDataset, ShardWriter
 from blip3o_nb.runs.runs import check_config
 
@@ -115,7 +115,12 @@ def test_layouts(n, layout):
 
 # --- configurations -----------------------------------------------------------------------------------------------------------------------------------------
 anything = st.none() | st.booleans() | st.integers() | st.floats() | texts | halves | st.lists(st.integers(), max_size=2) | st.sampled_from([10**400, -1, 0, 2**63, 1e308, "x"*5000])
-TRAINING = {f.name: st.sampled_from(["", *RECIPES]) if f.name == "recipe" else {bool: st.booleans(), int: st.integers(-2**63 + 1, 2**63 - 1), float: st.floats(allow_nan=False), str: texts}[type(f.default)] for f in fields(TrainingConfig)}
+KINDS = {bool: st.booleans(), int: st.integers(-2**63 + 1, 2**63 - 1), float: st.floats(allow_nan=False), str: texts}
+def values(annotation):
+    "Any value of an option"
+    kind, optional = value_type(annotation)
+    return KINDS[kind] | st.none() if optional else KINDS[kind]
+TRAINING = {f.name: values(f.type) for f in fields(TrainingConfig)} | {"recipe": st.sampled_from([None, "", *RECIPES])}
 SIZES = dict(hidden_size=st.sampled_from([8, 16, 48, 64]), num_attention_heads=st.sampled_from([1, 2, 4]), num_key_value_heads=st.sampled_from([1, 2]), num_tokens=st.sampled_from([4, 5, 16, 257]))
 
 def some(strategies): return st.lists(st.sampled_from([*strategies]), unique=True, max_size=6).flatmap(lambda ks: st.fixed_dictionaries({k: strategies[k] for k in ks}))
@@ -144,7 +149,7 @@ def test_network_config_of_anything(kind, given):
     assert kind.from_dict(json.loads(json.dumps(c.to_dict()))) == c
 
 # --- command lines ---------------------------------------------------------------------------------------------------------------------------------------------
-PROGRAMS = {n: getattr(m, n) for m, names in ((cli, "demo extract train convert download"), (cli_eval, "eval sample")) for n in map("blip3o_{}".format, names.split())}
+PROGRAMS = {n: f for n, f in vars(cli).items() if n.startswith("blip3o_")}
 arguments = st.text(st.characters(exclude_characters="\0"), max_size=9) | st.sampled_from(["", "-", "--", "---", "--=", "--=x", "=", "-h", "--help", "set", "pickles", "pickles/a.pkl", "file", "nowhere", "/dev/null", "/proc/self/mem", "x"*5000,
     "0", "-1", "1", "1e999", "nan", str(10**30), "9"*5000, "--pdb", "\x1b[2J", "\u202e", "a\nb", "\udce9", "$(id)", "%s", "{}", "@file", "~", "~nobody", "*", "{1..3}", "{0", "datasets", "pipe:cat"])
 NAMES = sorted({w for p in PROGRAMS.values() for w in p.__wrapped__.__annotations__} | {"output_dir", "batch_size", "num_tokens", "overfitting_test", "debug", "max_samples", "model_path", "lr", "fp16", "normalize_targets", "include_cls"})
@@ -166,7 +171,7 @@ def stubs(monkeypatch, tmp_path_factory):
     write(folder/"set", s, "fp32", 4, []); convert(folder/"set", folder/"pickles", to="pickles"); (folder/"pickles"/"embeddings_shard_00000_cls_patch.pkl").rename(folder/"pickles"/"a.pkl")
     (folder/"file").write_text("no picture")
     def stop(*_, **__): raise InputError("the work would begin here")
-    for where in ("features.encoders.load_encoder", "earlier.download.list_tars", "runs.runs.model_of", "judging.evaluate.evaluate", "generation.pipeline.write_samples"): monkeypatch.setattr(f"blip3o_nb.{where}", stop)
+    for where in ("features.encoders.load_encoder", "earlier.programs.list_tars", "runs.runs.model_of", "judging.evaluate.evaluate", "generation.pipeline.write_samples"): monkeypatch.setattr(f"blip3o_nb.{where}", stop)
     monkeypatch.chdir(folder)
 
 def call(name, argv):
