@@ -62,6 +62,7 @@ class _Moved:
 sys.meta_path.append(_Moved)
 
 def __getattr__(name):
+    if name == "make_config": import_module(".earlier.programs", __name__) # which adds earlier recipes
     if name in _ROOM_OF: return getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)
     if not name.startswith("_") and _moved(name): raise ImportError(f"{__name__}.{name} is now {__name__}.{_moved(name)}: import from there")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
