@@ -1,4 +1,4 @@
-"""Read the pickles that earlier work on this task left behind without running what is in them.
+"""Read the pickles that earlier programs for this task left behind, without running what is in them, and convert them to shards and back.
 
 Docs: https://blip3o-nb.github.io/blip3o_nb/9_earlier/pickles.html.md"""
 
@@ -16,319 +16,572 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 import numpy as np, torch
+from fastcore.basics import patch
 from ..core import layout_of, to_layout
 from ..features.shards import FeatureDataset, ShardWriter
 from ..files import InputError, atomic_path, read_json, write_json
 
 # %% ../../nbs/9_earlier/01_pickles.ipynb #aa5b4053
-class _Refused(Exception): "Something in a pickle that features do not need"
+class _Refused(Exception):
+    "Something in a pickle that features do not need"
 
-def _need(ok, what):
+def _need(
+    ok,  # whether features need it
+    what # what the pickle holds, for the message
+):
+    "Raise `_Refused` unless `ok`"
     if not ok: raise _Refused(what)
 
-def shown(text): return ascii(str(text)[:120])[1:-1]
+def shown(text):
+    "The first 120 characters of what a file says, in ASCII on one line"
+    return ascii(str(text)[:120])[1:-1]
 
-def _sizes(x, what="shape"):
-    "A short tuple of counts"
-    _need(type(x) is tuple and len(x) <= 8 and all(type(i) is int and 0 <= i < 2**48 for i in x), f"a {what} that is none")
+def _sizes(
+    x,           # what a pickle gives as a shape, strides, an offset or an order of axes
+    what="shape" # its name in the message
+):
+    "The same tuple; raises `_Refused` unless it is one of at most 8 counts"
+    counts = type(x) is tuple and len(x) <= 8 and all(type(i) is int and 0 <= i < 2**48 for i in x)
+    _need(counts, f"a {what} that is none")
     return x
 
-_Call  = namedtuple("_Call", "name f")       # what a name in the pickle stands for; only these are called
-_Bytes = namedtuple("_Bytes", "itemsize n")  # a storage that is only checked, see `_check_torch`
+# %% ../../nbs/9_earlier/01_pickles.ipynb #9a69e53a
+_Call = namedtuple("_Call", "name f") # what a name in the pickle stands for; only these are called
 
 def _dtype(code, align=False, copy=True):
-    _need(type(code) is str and re.fullmatch(r"[<|=]?(b1|[iu][1248]|f[248]|O8?|U\d{1,6})", code), f"an array of type '{shown(code)}'")
+    "Stands in for `numpy.dtype`: little-endian numbers, text and objects"
+    known = type(code) is str and re.fullmatch(r"[<|=]?(b1|[iu][1248]|f[248]|O8?|U\d{1,6})", code)
+    _need(known, f"an array of type '{shown(code)}'")
     return np.dtype(code)
 
+def _is_plain(dtype):
+    "Whether values of that type are bytes and not pointers"
+    return isinstance(dtype, np.dtype) and dtype.kind != "O"
+
 def _reconstruct(kind, shape, code):
+    "Stands in for `_reconstruct`: an empty array, which BUILD fills"
     _need(type(kind) is _Call and kind.name == "numpy.ndarray", "another class than numpy.ndarray")
-    return np.empty(0, np.int8) # filled by BUILD
+    return np.empty(0, np.int8)
 
 def _frombuffer(data, dtype, shape, order="C", axes=None):
-    _need(type(data) in (bytes, bytearray) and isinstance(dtype, np.dtype) and dtype.kind != "O" and type(order) is str, "an array that is none")
-    _need(math.prod(_sizes(shape))*dtype.itemsize == len(data), f"an array of shape {list(shape)} over {len(data)} bytes")
+    "Stands in for `_frombuffer`: an array over the bytes in `data`"
+    known = type(data) in (bytes, bytearray) and _is_plain(dtype) and type(order) is str
+    _need(known, "an array that is none")
+    fits = math.prod(_sizes(shape))*dtype.itemsize == len(data)
+    _need(fits, f"an array of shape {list(shape)} over {len(data)} bytes")
     x = np.frombuffer(data, dtype)
-    return x.reshape(shape, order=order) if axes is None else x.reshape(shape).transpose(_sizes(axes, "order of axes"))
+    if axes is None: return x.reshape(shape, order=order)
+    return x.reshape(shape).transpose(_sizes(axes, "order of axes"))
 
 def _scalar(dtype, data):
-    _need(isinstance(dtype, np.dtype) and dtype.kind != "O" and type(data) is bytes and len(data) == dtype.itemsize, "a number that is none")
+    "Stands in for `scalar`: one number"
+    known = _is_plain(dtype) and type(data) is bytes and len(data) == dtype.itemsize
+    _need(known, "a number that is none")
     return np.frombuffer(data, dtype)[0]
 
 def _encode(text, codec):
+    "Stands in for `_codecs.encode`, which old protocols use for bytes"
     _need(type(text) is str and codec in ("latin1", "latin-1"), f"the codec '{shown(codec)}'")
     return text.encode("latin1")
 
 # %% ../../nbs/9_earlier/01_pickles.ipynb #543d86c3
-def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
+_Bytes = namedtuple("_Bytes", "itemsize n") # a storage that is only checked, see `_check_torch`
+
+def _rebuild_tensor(
+    storage,              # a typed storage of torch, or `_Bytes`
+    offset, size, stride, # counts of values
+    requires_grad=False, hooks=None, metadata=None # ignored
+):
+    "Stands in for `_rebuild_tensor_v2`: the tensor, or None where the storage is only checked"
     checked = type(storage) is _Bytes
     _need(checked or isinstance(storage, torch.storage.TypedStorage), "a storage that is none")
     n = storage.n if checked else storage._untyped_storage.nbytes()//storage.dtype.itemsize
-    size, stride, (offset,) = _sizes(size), _sizes(stride, "stride"), _sizes((offset,), "offset")
-    last = offset + sum((s - 1)*t for s, t in zip(size, stride, strict=True)) if math.prod(size) else 0
-    _need(math.prod(size) <= n and last < max(n, 1), f"a tensor of shape {list(size)} over a storage of {n} values")
+    _sizes(size)
+    _sizes(stride, "stride")
+    _sizes((offset,), "offset")
+    last = 0 # the place of the tensor's last value
+    if math.prod(size): last = offset + sum((s - 1)*t for s, t in zip(size, stride, strict=True))
+    fits = math.prod(size) <= n and last < max(n, 1)
+    _need(fits, f"a tensor of shape {list(size)} over a storage of {n} values")
     return None if checked else torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 # %% ../../nbs/9_earlier/01_pickles.ipynb #c3a64434
-def _empty(kind, *args):
+def _empty(
+    kind, # an allowed class; None for one that is named and never made
+    *args
+):
+    "A fresh object of a class, made without arguments"
     _need(not args and kind, "arguments")
     return kind()
 
-_NAMES = {n: _Call(n, f) for n, f in {
-    "collections.OrderedDict": partial(_empty, OrderedDict), "__builtin__.bytes": partial(_empty, bytes), "_codecs.encode": _encode,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor, "numpy.ndarray": partial(_empty, None), "numpy.dtype": _dtype,
-    **{f"numpy.{core}.{n}": f for core in ("core", "_core")
-       for n, f in {"multiarray._reconstruct": _reconstruct, "multiarray.scalar": _scalar, "numeric._frombuffer": _frombuffer}.items()}}.items()}
-_STORAGES = {f"torch.{n}Storage": _Bytes(size, -1) for n, size in # inside a file of torch
-             dict(Float=4, Half=2, BFloat16=2, Double=8, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1).items()}
+_ARRAYS = {
+    "multiarray._reconstruct": _reconstruct,
+    "multiarray.scalar": _scalar,
+    "numeric._frombuffer": _frombuffer}
+_STAND_INS = {
+    "collections.OrderedDict": partial(_empty, OrderedDict),
+    "__builtin__.bytes": partial(_empty, bytes),
+    "_codecs.encode": _encode,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "numpy.ndarray": partial(_empty, None),
+    "numpy.dtype": _dtype,
+    **{f"numpy.core.{name}": f for name, f in _ARRAYS.items()},  # numpy 1
+    **{f"numpy._core.{name}": f for name, f in _ARRAYS.items()}} # numpy 2
+_NAMES = {name: _Call(name, f) for name, f in _STAND_INS.items()}
+
+_TORCH_BYTES = "torch.storage._load_from_bytes" # allowed too, see `_storage`
+_ITEMSIZES = dict(Float=4, Half=2, BFloat16=2, Double=8, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1)
+_STORAGES = {f"torch.{name}Storage": _Bytes(size, -1) for name, size in _ITEMSIZES.items()} # files of torch
 
 # %% ../../nbs/9_earlier/01_pickles.ipynb #1e6f9f18
 MAX_OPS = 5_000_000 # instructions a file may have; a sample takes a few
 
 class _Bounded:
     "A file that refuses to read more than it has, before memory is taken for it"
-    def __init__(self, f, size): self.f, self.size, self.seek, self.tell, self.readline = f, size, f.seek, f.tell, f.readline
+    def __init__(self,
+        f,   # the open file
+        size # its bytes
+    ):
+        self.f = f
+        self.size = size
+        self.seek = f.seek
+        self.tell = f.tell
+        self.readline = f.readline
+
     def read(self, n=-1):
         if n > 2**16 and n > self.size - self.f.tell(): raise EOFError("it ends early")
         return self.f.read(n)
 
-def _fill(u, items, into):
-    "Append to the list, or set in the dictionary, on top of the stack"
+# %% ../../nbs/9_earlier/01_pickles.ipynb #7f8942f5
+def _extend(u, items):
+    "Append to the list on top of the stack"
+    _need(type(u.stack[-1]) is list, "a list that is none")
+    u.stack[-1].extend(items)
+
+def _update(
+    u,
+    items # key, value, key, value ...
+):
+    "Set items of the dictionary on top of the stack"
     target = u.stack[-1]
-    if into is list:
-        _need(type(target) is list, "a list that is none")
-        return target.extend(items)
-    _need(type(target) in (dict, OrderedDict) and len(items) % 2 == 0 and all(type(k) is str for k in items[::2]), "a dictionary whose keys are not text")
+    pairs = type(target) in (dict, OrderedDict) and len(items) % 2 == 0
+    _need(pairs and all(type(k) is str for k in items[::2]), "a dictionary whose keys are not text")
     target.update(zip(items[::2], items[1::2]))
 
+def _dict(u):
+    "DICT: a dictionary of all items since the last mark"
+    items = u.pop_mark()
+    u.append({})
+    _update(u, items)
+
+def _bytearray(u):
+    "BYTEARRAY8, which in `pickle` takes the memory before it reads"
+    size = int.from_bytes(u.read(8), "little")
+    u.append(bytearray(u.read(size)))
+
+# %% ../../nbs/9_earlier/01_pickles.ipynb #72ff5a84
 def _reduce(u):
-    args, call = u.stack.pop(), u.stack[-1]
+    "REDUCE: call a stand-in"
+    args = u.stack.pop()
+    call = u.stack[-1]
     _need(type(args) is tuple and type(call) is _Call, f"a call of a {type(call).__name__}")
     try: u.stack[-1] = call.f(*args)
     except InputError: raise
-    except Exception as e: raise InputError(f"{u.path} calls {call.name} with {shown(e)}, which features do not need: it is not read") from e
-
-def _bytearray(u): u.append(bytearray(u.read(int.from_bytes(u.read(8), "little")))) # the original takes the memory before it reads
+    except Exception as e:
+        raise InputError(f"{u.path} calls {call.name} with {shown(e)}, "
+                         "which features do not need: it is not read") from e
 
 def _build(u):
-    state, x = u.stack.pop(), u.stack[-1]
-    if isinstance(x, np.dtype):
-        want = x.__reduce__()[2] # what numpy itself would write
-        same = type(state) is tuple and len(state) == len(want) and all(type(a) is type(b) and a == b for a, b in zip(state, want))
-        return _need(same, "an array of fields or of another byte order")
+    "BUILD: give a type or a fresh array its state"
+    state = u.stack.pop()
+    x = u.stack[-1]
+    if isinstance(x, np.dtype): _check_type(x, state)
+    else: _fill(x, state)
+
+def _check_type(dtype, state):
+    "Refuse a state of a type that numpy does not write"
+    want = dtype.__reduce__()[2]
+    same = type(state) is tuple and len(state) == len(want)
+    same = same and all(type(a) is type(b) and a == b for a, b in zip(state, want))
+    _need(same, "an array of fields or of another byte order")
+
+def _fill(x, state):
+    "Fill an array that `_reconstruct` made"
     fresh = type(x) is np.ndarray and x.shape == (0,) and x.dtype == np.int8
     _need(fresh and type(state) is tuple and len(state) == 5, f"the state of a {type(x).__name__}")
     _, shape, dtype, fortran, data = state
     _need(isinstance(dtype, np.dtype), "an array without a type")
     n = math.prod(_sizes(shape))
-    if dtype.kind == "O": _need(type(data) is list and len(data) == n and all(type(i) is str for i in data), "an array of objects that are not text")
-    else: _need(type(data) is bytes and len(data) == n*dtype.itemsize, f"an array of shape {list(shape)} over other bytes")
+    if dtype.kind == "O":
+        texts = type(data) is list and len(data) == n and all(type(i) is str for i in data)
+        _need(texts, "an array of objects that are not text")
+    else:
+        fits = type(data) is bytes and len(data) == n*dtype.itemsize
+        _need(fits, f"an array of shape {list(shape)} over other bytes")
     x.__setstate__((1, shape, dtype, fortran is True, data))
 
-_OPS = {o.name: ord(o.code) for o in pickletools.opcodes}
-_TABLE = {_OPS[n]: pickle._Unpickler.dispatch[_OPS[n]] for n in """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
-    UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST EMPTY_DICT
-    PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL INST BINPERSID""".split()} | {_OPS[n]: f for n, f in {
-    "APPEND": lambda u: _fill(u, [u.stack.pop()], list), "APPENDS": lambda u: _fill(u, u.pop_mark(), list),
-    "SETITEM": lambda u: _fill(u, [u.stack.pop(-2), u.stack.pop()], dict), "SETITEMS": lambda u: _fill(u, u.pop_mark(), dict),
-    "DICT": lambda u: _fill(u, (u.pop_mark(), u.append({}))[0], dict), "REDUCE": _reduce, "BUILD": _build, "BYTEARRAY8": _bytearray}.items()}
+# %% ../../nbs/9_earlier/01_pickles.ipynb #60d50860
+_STOCK = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT
+    BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST EMPTY_DICT PUT BINPUT LONG_BINPUT MEMOIZE
+    GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL INST BINPERSID""".split()
+_OWN = {
+    "APPEND": lambda u: _extend(u, [u.stack.pop()]),
+    "APPENDS": lambda u: _extend(u, u.pop_mark()),
+    "SETITEM": lambda u: _update(u, [u.stack.pop(-2), u.stack.pop()]),
+    "SETITEMS": lambda u: _update(u, u.pop_mark()),
+    "DICT": _dict,
+    "REDUCE": _reduce,
+    "BUILD": _build,
+    "BYTEARRAY8": _bytearray}
+_OPS = {op.name: ord(op.code) for op in pickletools.opcodes}
+_TABLE = {_OPS[name]: pickle._Unpickler.dispatch[_OPS[name]] for name in _STOCK}
+_TABLE |= {_OPS[name]: f for name, f in _OWN.items()}
 
 # %% ../../nbs/9_earlier/01_pickles.ipynb #3408d3a6
 class _Unpickler(pickle._Unpickler):
-    "Rebuilds features; raises `InputError` that names what else a pickle asks for"
+    "Rebuilds features; raises `InputError` that names what else a pickle holds"
     def __init__(self,
-        f, path, size,   # file, its name for messages, its bytes
+        f, path, size,   # the open file, its name for messages, its bytes
         torch_file=False # a pickle out of a file of torch: only checked, nothing is rebuilt
     ):
         super().__init__(f)
-        self.path, self.size, self.torch_file, self.ops, self.claimed = path, size, torch_file, 0, {}
+        self.path = path
+        self.size = size
+        self.torch_file = torch_file
+        self.ops = 0      # instructions so far
+        self.claimed = {} # key of a storage in a file of torch -> its bytes
+
     def load(self):
         try: return super().load()
-        finally: self.memo, self.stack, self.metastack, self.append = {}, [], [], None # the memo refers to this object, which would keep the tensors alive
-    dispatch = property(lambda self: self) # `load` asks it for each instruction: see `__getitem__`
+        finally: # the memo refers to this object, which would keep the tensors alive
+            self.memo = {}
+            self.stack = []
+            self.metastack = []
+            self.append = None
+
+    dispatch = property(lambda self: self) # `load` looks up each instruction in it
     def __getitem__(self, op):
         self.ops += 1
         if op in _TABLE and self.ops <= MAX_OPS: return _TABLE[op]
         _need(op not in _TABLE, f"more than {MAX_OPS:,} instructions")
         if chr(op) not in pickletools.code2op: raise pickle.UnpicklingError("no pickle")
-        self._refuse(f"uses the pickle instruction {pickletools.code2op[chr(op)].name}")
-    def _refuse(self, what): raise InputError(f"{self.path} {shown(what)}, which features do not need: it is not read")
+        self.refuse(f"uses the pickle instruction {pickletools.code2op[chr(op)].name}")
+
+    def refuse(self, what):
+        raise InputError(f"{self.path} {shown(what)}, which features do not need: it is not read")
 
     def find_class(self, module, name):
         n = f"{module}.{name}"
-        if n == "torch.storage._load_from_bytes" and not self.torch_file: return _Call(n, self._storage)
         if n in _STORAGES and self.torch_file: return _STORAGES[n]
-        return _NAMES.get(n) or self._refuse(f"asks for {n}")
+        if n == _TORCH_BYTES and not self.torch_file: return _Call(n, partial(_storage, self))
+        return _NAMES.get(n) or self.refuse(f"asks for {n}")
 
-    def persistent_load(self, pid):
-        if not self.torch_file: self._refuse("asks for an object outside of it (a persistent id)")
-        types = [type(i) for i in pid] if type(pid) is tuple else []
-        _need(types in ([str, _Bytes, str, str, int], [str, _Bytes, str, str, int, type(None)]), "a storage that is none")
-        _, kind, key, _, n = pid[:5]
-        if key not in self.claimed: self.claimed[key], self.size = n*kind.itemsize, self.size - n*kind.itemsize
-        _need(n >= 0 and self.size >= 0 and self.claimed[key] == n*kind.itemsize, f"a storage of {n} values, more than it has")
-        return _Bytes(kind.itemsize, n)
+    def persistent_load(self, pid): return _claim(self, pid)
 
-    def _storage(self, data):
-        "The storage of a plainly pickled tensor, which is a file of torch in a string"
-        _need(type(data) is bytes, "a storage that is none")
-        for k in [*islice(reversed(self.memo), 2)]: # nothing refers to that string again: let it go, it is as large as the column
-            if self.memo[k] is data or type(self.memo[k]) is tuple and self.memo[k] and self.memo[k][0] is data: self.memo[k] = None
-        with io.BytesIO(data) as f: # closed, because torch keeps the file in a reference cycle
-            _check_torch(f, self.path, len(data)); f.seek(0)
-            return torch.load(f, map_location="cpu", weights_only=True)
+# %% ../../nbs/9_earlier/01_pickles.ipynb #8c32c56d
+_PID = [str, _Bytes, str, str, int] # "storage", its type, its key, the device, the number of values
+
+def _claim(u, pid):
+    "A storage of a file of torch, which is only checked"
+    if not u.torch_file: u.refuse("asks for an object outside of it (a persistent id)")
+    types = [type(i) for i in pid] if type(pid) is tuple else []
+    _need(types in (_PID, [*_PID, type(None)]), "a storage that is none")
+    _, kind, key, _, n = pid[:5]
+    size = n*kind.itemsize
+    if key not in u.claimed:
+        u.claimed[key] = size
+        u.size -= size
+    fits = n >= 0 and u.size >= 0 and u.claimed[key] == size
+    _need(fits, f"a storage of {n} values, more than it has")
+    return _Bytes(kind.itemsize, n)
 
 # %% ../../nbs/9_earlier/01_pickles.ipynb #1def6959
 _MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, 2)
 
 def _check_torch(f, path, size):
-    "Refuse a file of torch of the kind of before 1.6 that holds more than features"
+    "Refuse a file of torch before 1.6 that holds more than features"
     for i in range(5):
         x = _Unpickler(_Bounded(f, size), path, size, torch_file=True).load()
         _need(i or x == torch.serialization.MAGIC_NUMBER, "a file of torch that is none")
 
+def _forget(memo, data):
+    "Drop the string of a storage, as large as the column: nothing refers to it again"
+    for k in [*islice(reversed(memo), 2)]:
+        x = memo[k]
+        if type(x) is tuple and x: x = x[0]
+        if x is data: memo[k] = None
+
+def _storage(u, data):
+    "Stands in for `_load_from_bytes`: the storage in a file of torch in a string"
+    _need(type(data) is bytes, "a storage that is none")
+    _forget(u.memo, data)
+    with io.BytesIO(data) as f: # closed, because torch keeps the file in a reference cycle
+        _check_torch(f, u.path, len(data))
+        f.seek(0)
+        return torch.load(f, map_location="cpu", weights_only=True)
+
+# %% ../../nbs/9_earlier/01_pickles.ipynb #e07e8b9f
 def _load_zip(path, size):
+    "What a file of torch since 1.6 holds, mapped into memory"
     with zipfile.ZipFile(path) as z:
-        pkl = [i for i in z.infolist() if i.filename.split("/")[-1] == "data.pkl"]
-        stored = all(i.compress_type == zipfile.ZIP_STORED for i in z.infolist()) and sum(i.file_size for i in z.infolist()) <= size
-        _need(len(pkl) == 1 and stored, "an archive that torch does not write")
-        data = z.read(pkl[0])
+        parts = z.infolist()
+        programs = [i for i in parts if i.filename.split("/")[-1] == "data.pkl"]
+        stored = all(i.compress_type == zipfile.ZIP_STORED for i in parts)
+        fits = stored and sum(i.file_size for i in parts) <= size
+        _need(len(programs) == 1 and fits, "an archive that torch does not write")
+        data = z.read(programs[0])
     _Unpickler(_Bounded(io.BytesIO(data), len(data)), path, size, torch_file=True).load()
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+# %% ../../nbs/9_earlier/01_pickles.ipynb #68a72f58
+def _load(path):
+    "What a file of either format holds"
+    size = os.path.getsize(path)
+    if not size: raise InputError(f"{path} is empty: copy it again, or extract again")
+    with open(path, "rb") as f:
+        head = f.read(len(_MAGIC))
+        f.seek(0)
+        if head.startswith(b"PK"): return _load_zip(path, size)
+        if head != _MAGIC: return _Unpickler(_Bounded(f, size), path, size).load()
+        _check_torch(f, path, size)
+        f.seek(0)
+        return torch.load(_Bounded(f, size), map_location="cpu", weights_only=True)
 
 def load_pickle(
     path:str|Path # written by `pickle.dump` or `torch.save`
 ): # what it holds: tensors, arrays, dictionaries, lists, text, numbers
-    "Read a pickle of features; raises `InputError` that names what else it asks for, or the file where it is damaged"
-    try:
-        size = os.path.getsize(path)
-        if not size: raise InputError(f"{path} is empty: copy it again, or extract again")
-        with open(path, "rb") as f:
-            head = f.read(len(_MAGIC)); f.seek(0)
-            if head.startswith(b"PK"): return _load_zip(path, size)
-            if head != _MAGIC: return _Unpickler(_Bounded(f, size), path, size).load()
-            _check_torch(f, path, size); f.seek(0)
-            return torch.load(_Bounded(f, size), map_location="cpu", weights_only=True)
+    "Read a pickle of features; raises `InputError` that names what else it holds, or the damaged file"
+    try: return _load(path)
     except InputError: raise
-    except _Refused as e: raise InputError(f"{path} holds {shown(e)}, which features do not need: it is not read") from e
+    except _Refused as e:
+        raise InputError(f"{path} holds {shown(e)}, which features do not need: it is not read") from e
     except FileNotFoundError as e: raise InputError(f"no file {path}: check the path") from e
     except Exception as e:
-        raise InputError(f"{path} is no pickle of features that can be read ({type(e).__name__}: {shown(e)}): copy it again, or extract again") from e
+        raise InputError(f"{path} is no pickle of features that can be read "
+                         f"({type(e).__name__}: {shown(e)}): copy it again, or extract again") from e
 
 # %% ../../nbs/9_earlier/01_pickles.ipynb #c1d5f83f
-MODE = re.compile(r"_(patch_only|cls_patch|grid_\d+)(_gpu\d+)?$")
+_COLUMNS = ("clip", "eva") # what every pickle of earlier programs holds
+
+def _column_name(data, name, path):
+    "The entry of a pickle that holds a column"
+    names = (f"{name}_blip3o_embeddings", f"{name}_blip3o_embeddings_list")
+    for col in names:
+        if col in data: return col
+    raise InputError(f"{path} has no {names[0]}, it holds {shown(', '.join(data))}: "
+                     "extract both features, or choose another file")
+
+def _from_array(x):
+    "An array of floats as a tensor; anything else as it is"
+    if type(x) is not np.ndarray or x.dtype.kind != "f": return x
+    return torch.from_numpy(x if x.flags.writeable else x.copy())
+
+def _is_floats(x):
+    "Whether that is a plain tensor of floats"
+    floats = torch.is_tensor(x) and x.is_floating_point()
+    return floats and x.device.type == "cpu" and x.layout == torch.strided
 
 def _column(data, name, path, size):
     "A column as a tensor `[N, T, D]`"
-    col = next((c for c in (f"{name}_blip3o_embeddings", f"{name}_blip3o_embeddings_list") if c in data), None)
-    if col is None: raise InputError(f"{path} has no {name}_blip3o_embeddings, it holds {shown(', '.join(data))}: extract both features, or choose another file")
-    def bad(what): return InputError(f"{path}: {col} {what}; float tensors [samples, tokens, channels] are expected: choose another file, or extract again")
-    parts = data[col] if type(data[col]) in (list, tuple) else [data[col]]
-    if not parts or not all(type(p) in (torch.Tensor, np.ndarray) for p in parts): raise bad("holds no tensors")
-    if sum(math.prod(p.shape)*p.dtype.itemsize for p in parts) > size: raise bad("has more values than the file has bytes")
-    parts = [torch.from_numpy(p if p.flags.writeable else p.copy()) if type(p) is np.ndarray and p.dtype.kind == "f" else p for p in parts]
-    if not all(torch.is_tensor(p) and p.is_floating_point() and p.device.type == "cpu" and p.layout == torch.strided for p in parts): raise bad("holds no floats")
-    shapes = {tuple(p.shape[-2:]) for p in parts}
-    if len(shapes) > 1 or len({p.ndim for p in parts}) > 1: raise bad("has samples of different shapes")
-    x = parts[0] if type(data[col]) not in (list, tuple) else torch.stack(parts) if parts[0].ndim == 2 else torch.cat(parts)
-    if x.ndim != 3: raise bad(f"is {list(x.shape)}")
+    col = _column_name(data, name, path)
+    def need(ok, what):
+        if not ok: raise InputError(f"{path}: {col} {what}; float tensors [samples, tokens, channels] are "
+                                    "expected: choose another file, or extract again")
+    listed = type(data[col]) in (list, tuple)
+    parts = data[col] if listed else [data[col]]
+    need(parts and all(type(p) in (torch.Tensor, np.ndarray) for p in parts), "holds no tensors")
+    nbytes = sum(math.prod(p.shape)*p.dtype.itemsize for p in parts)
+    need(nbytes <= size, "has more values than the file has bytes")
+    parts = [_from_array(p) for p in parts]
+    need(all(_is_floats(p) for p in parts), "holds no floats")
+    need(len({(p.ndim, p.shape[-2:]) for p in parts}) == 1, "has samples of different shapes")
+    x = parts[0]
+    if listed: x = torch.stack(parts) if x.ndim == 2 else torch.cat(parts)
+    need(x.ndim == 3, f"is {list(x.shape)}")
     return x.detach()
 
+# %% ../../nbs/9_earlier/01_pickles.ipynb #652def87
+def _as_text(x):
+    "Numpy's text and whole numbers as text, None as no text; anything else as it is"
+    if x is None: return ""
+    number = type(x) is int and abs(x) < 2**63
+    return str(x) if number or type(x) is np.str_ else x
+
 def _texts(data, name, n, path, size):
-    "A list of `n` texts, or None where there is none"
+    "A list of `n` texts, or None where the pickle has none"
     x = data.get(name)
     if type(x) is np.ndarray: x = x.tolist()
-    if x is None or type(x) in (list, tuple) and n > len(x) == 0: return None
-    def bad(what): return InputError(f"{path}: {name} {what}; choose another file, or extract again")
-    if type(x) not in (list, tuple): raise bad("are no list")
-    x = ["" if i is None else str(i) if type(i) is np.str_ or type(i) is int and abs(i) < 2**63 else i for i in x]
-    if not all(type(i) is str for i in x): raise bad("hold more than text")
-    if sum(map(len, x)) > max(size, 2**20): raise bad("have more text than the file has bytes")
-    if not all(i.encode("utf-8", "replace").decode("utf-8", "replace") == i for i in x): raise bad("hold text with half a character")
-    if len(x) != n: raise bad(f"are {len(x)}, the samples {n}")
+    listed = type(x) in (list, tuple)
+    if x is None or listed and n > len(x) == 0: return None
+    def need(ok, what):
+        if not ok: raise InputError(f"{path}: {name} {what}; choose another file, or extract again")
+    need(listed, "are no list")
+    x = [_as_text(i) for i in x]
+    need(all(type(i) is str for i in x), "hold more than text")
+    need(sum(map(len, x)) <= max(size, 2**20), "have more text than the file has bytes")
+    whole = all(i.encode("utf-8", "replace").decode("utf-8", "replace") == i for i in x)
+    need(whole, "hold text with half a character")
+    need(len(x) == n, f"are {len(x)}, the samples {n}")
     return x
+
+# %% ../../nbs/9_earlier/01_pickles.ipynb #8fca0198
+MODE = re.compile(r"_(patch_only|cls_patch|grid_\d+)(_gpu\d+)?$")
+
+def _config(x):
+    "The plain entries of what a pickle says of itself"
+    if type(x) not in (dict, OrderedDict): return {}
+    return {k: v for k, v in x.items() if type(v) in (str, int, float, bool)}
 
 def read_pickle_shard(
     path:str|Path # `embeddings_shard_*.pkl`, `blip3o_grid_embeddings.pkl` or a checkpoint of an extraction
-) -> dict: # "clip" `[N, T, D]`, "eva" `[N, T', D']` in their dtype; "captions", "keys": lists of text; "config": what the file says of itself
-    "The samples of a seed's pickle; raises `InputError` for code, damage, a missing column or lengths that do not agree"
-    path, data = Path(path), load_pickle(path)
-    if type(data) not in (dict, OrderedDict): raise InputError(f"{path} holds a {type(data).__name__}, not a dictionary of columns: choose another file")
+) -> dict: # "clip", "eva": `[N, T, D]` in their dtype; "captions", "keys": lists of text; "config": a dict
+    "The samples of a pickle of earlier programs; raises `InputError` for code, damage or what does not agree"
+    data = load_pickle(path)
+    path = Path(path)
+    if type(data) not in (dict, OrderedDict):
+        raise InputError(f"{path} holds a {type(data).__name__}, not a dictionary of columns: "
+                         "choose another file")
     size = os.path.getsize(path)
-    out = {n: _column(data, n, path, size) for n in ("clip", "eva")}
+    out = {n: _column(data, n, path, size) for n in _COLUMNS}
     n = len(out["clip"])
-    if len(out["eva"]) != n: raise InputError(f"{path} has {n} clip and {len(out['eva'])} eva samples: choose another file, or extract again")
+    if len(out["eva"]) != n:
+        raise InputError(f"{path} has {n} clip and {len(out['eva'])} eva samples: "
+                         "choose another file, or extract again")
+    made = [f"{MODE.sub('', path.stem)}-{i:06d}" for i in range(n)]
     out["captions"] = _texts(data, "captions", n, path, size) or [""]*n
-    out["keys"] = _texts(data, "keys", n, path, size) or [f"{MODE.sub('', path.stem)}-{i:06d}" for i in range(n)]
-    if len(set(out["keys"])) < n: raise InputError(f"{path} has the key '{shown(Counter(out['keys']).most_common(1)[0][0])}' twice: give each picture a key of its own")
-    config = data.get("config")
-    return {**out, "config": {k: v for k, v in config.items() if type(v) in (str, int, float, bool)} if type(config) in (dict, OrderedDict) else {}}
+    out["keys"] = _texts(data, "keys", n, path, size) or made
+    if len(set(out["keys"])) < n:
+        twice = Counter(out["keys"]).most_common(1)[0][0]
+        raise InputError(f"{path} has the key '{shown(twice)}' twice: give each image a key of its own")
+    return {**out, "config": _config(data.get("config"))}
 
 # %% ../../nbs/9_earlier/01_pickles.ipynb #fed2aab1
-_LOG, _MANIFEST = "converted.json", "embeddings_manifest.json" # what a conversion has done so far; the seeds' manifest
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-def _part(contract, name): return c if isinstance(c := contract.get(name), dict) else {}
-def _mode(path): return m[1] if (m := MODE.search(Path(path).stem)) else None
+def _part(contract, name):
+    "What a contract says of a column"
+    part = contract.get(name)
+    return part if isinstance(part, dict) else {}
 
-def _name(layout, n):
-    "How the seeds call this layout"
-    return layout if re.fullmatch(r"cls_patch|patch_only|grid_\d+", str(layout)) else "cls_patch" if layout_of(n).has_cls else "grid_64" if n == 64 else "patch_only"
+def _mode(path):
+    "The mode in the name of a pickle, or None"
+    found = MODE.search(Path(path).stem)
+    return found[1] if found else None
 
-def _reduced(contract, layout, tokens):
-    "The contract of the same features in a poorer layout"
-    about = {n: dict(layout=layout, num_tokens=tokens[n], grid=layout_of(tokens[n]).grid) for n in ("clip", "eva")}
-    return {**contract, **{n: {k: v for k, v in {**_part(contract, n), **about[n]}.items() if k != "pools_exactly"} for n in about}}
+def _name(
+    layout, # in the words of this library, or None
+    n       # tokens
+):
+    "The name of a layout in earlier programs"
+    if re.fullmatch(r"cls_patch|patch_only|grid_\d+", str(layout)): return layout
+    if layout_of(n).has_cls: return "cls_patch"
+    return "grid_64" if n == 64 else "patch_only"
 
-def _describe(s, path, layout, given):
+# %% ../../nbs/9_earlier/01_pickles.ipynb #53308a7c
+def _stated(config):
+    "The contract that `convert` wrote into a pickle, or None"
+    try: c = json.loads(config["contract"])
+    except (KeyError, TypeError, ValueError, RecursionError): return None
+    if type(c) is not dict or any(type(c.get(n)) is not dict for n in _COLUMNS): return None
+    return {n: c[n] for n in _COLUMNS}
+
+def _guessed(s, mode):
+    "The contract of a pickle that does not state one"
+    out = {}
+    for n in _COLUMNS:
+        _, tokens, width = s[n].shape
+        model = str(s["config"].get(f"{n}_model", "unknown"))
+        out[n] = dict(model=model, stage="unknown", layout=_name(mode, tokens), width=width,
+                      num_tokens=tokens, grid=layout_of(tokens).grid)
+    return out
+
+def _reduced(
+    contract,
+    layout, # of the result
+    tokens  # column -> tokens of the result
+):
+    "The contract of the same features in a layout with fewer tokens"
+    out = dict(contract)
+    for n in _COLUMNS:
+        about = dict(layout=layout, num_tokens=tokens[n], grid=layout_of(tokens[n]).grid)
+        out[n] = {k: v for k, v in {**_part(contract, n), **about}.items() if k != "pools_exactly"}
+    return out
+
+# %% ../../nbs/9_earlier/01_pickles.ipynb #51989e6d
+def _describe(
+    s,      # of `read_pickle_shard`
+    path,   # of the pickle
+    layout, # to reduce to, or None
+    given   # the `contract` of `convert`, or None
+):
     "The contract of what a pickle holds, as far as it is known"
-    mode, tokens = _mode(path), {n: s[n].shape[1] for n in ("clip", "eva")}
-    if mode and (mode == "cls_patch") != layout_of(tokens["clip"]).has_cls:
-        raise InputError(f"{path} is named {mode} and has {tokens['clip']} tokens: rename it after what it holds")
-    try: c = json.loads(s["config"]["contract"])
-    except (KeyError, TypeError, ValueError, RecursionError): c = None
-    if type(c) is dict and all(type(c.get(n)) is dict for n in tokens): c = {n: c[n] for n in tokens}
-    else:
-        c = {}
-        for n, k in tokens.items():
-            c[n] = dict(model=str(s["config"].get(f"{n}_model", "unknown")), stage="unknown", layout=_name(mode, k),
-                        width=s[n].shape[2], num_tokens=k, grid=layout_of(k).grid)
-    if layout: c = _reduced(c, layout, {n: to_layout(s[n][:1], layout).shape[1] for n in tokens})
-    if other := sorted(set(given or ()) - set(c)):
+    mode = _mode(path)
+    tokens = s["clip"].shape[1]
+    if mode and (mode == "cls_patch") != layout_of(tokens).has_cls:
+        raise InputError(f"{path} is named {mode} and has {tokens} tokens: rename it after what it holds")
+    c = _stated(s["config"]) or _guessed(s, mode)
+    if layout: c = _reduced(c, layout, {n: to_layout(s[n][:1], layout).shape[1] for n in _COLUMNS})
+    other = sorted(set(given or ()) - set(c))
+    if other:
         raise InputError(f"the contract given is of '{other[0]}': pickles hold {' and '.join(c)}")
     return {n: c[n] | _part(given or {}, n) for n in c}
 
-def _pickles(src):
-    "The pickles of a folder, in order"
-    src = Path(src)
-    if not src.is_dir(): return [src]
-    files = sorted(src.glob("embeddings_shard_*.pkl")) or sorted(src.glob("*.pkl"))
+# %% ../../nbs/9_earlier/01_pickles.ipynb #2baa1ad9
+_MANIFEST = "embeddings_manifest.json" # of earlier programs, beside their pickles
+
+def _check_count(src, files):
+    "Raise `InputError` where a folder holds fewer or more pickles than its manifest says"
     about = read_json(src/_MANIFEST) if (src/_MANIFEST).exists() else {}
-    about = about if isinstance(about, dict) else {}
-    said, failed = about.get("total_shards"), about.get("failed_shards")
+    if not isinstance(about, dict): return
+    said = about.get("total_shards")
+    failed = about.get("failed_shards")
     failed = len(failed) if isinstance(failed, list) else 0
     if files and type(said) is int and len(files) not in (said, said - failed):
         raise InputError(f"{src} holds {len(files)} pickles and its {_MANIFEST} counts {said}: copy what is "
                          "missing or take out what is too much, or delete the manifest if these are meant")
-    if not files: raise InputError(f"{src} holds no pickles: check the path (embeddings_shard_*.pkl or another *.pkl)")
-    if len(modes := {str(_mode(f)) for f in files}) > 1:
-        raise InputError(f"{src} holds pickles of several modes, {' and '.join(sorted(modes))}: convert one file at a time, or give each mode a folder")
+
+def _pickles(src):
+    "The pickles of a folder, in order, or the one at that path"
+    src = Path(src)
+    if not src.is_dir(): return [src]
+    files = sorted(src.glob("embeddings_shard_*.pkl")) or sorted(src.glob("*.pkl"))
+    _check_count(src, files)
+    if not files:
+        raise InputError(f"{src} holds no pickles: check the path (embeddings_shard_*.pkl or another *.pkl)")
+    modes = sorted({str(_mode(f)) for f in files})
+    if len(modes) > 1:
+        raise InputError(f"{src} holds pickles of several modes, {' and '.join(modes)}: "
+                         "convert one file at a time, or give each mode a folder")
     return files
 
 # %% ../../nbs/9_earlier/01_pickles.ipynb #24b6faf3
+_LOG = "converted.json" # what the conversions into a folder have done so far
+
 @contextmanager
 def _writing(path):
+    "Turn an error of the disk into `InputError`"
     try: yield
-    except OSError as e: raise InputError(f"cannot write {path}: {e.strerror}; free some space or choose another folder (files that are complete stay usable)") from e
+    except OSError as e:
+        raise InputError(f"cannot write {path}: {e.strerror}; free some space or choose another folder "
+                         "(files that are complete stay usable)") from e
+
+def _note(obj, path):
+    "Write JSON"
+    with _writing(path): write_json(path, obj)
 
 def _log_of(dst):
     "What earlier conversions did in that folder, or None"
     log = read_json(dst/_LOG) if (dst/_LOG).exists() else None
-    if not isinstance(log, (dict, type(None))): raise InputError(f"{dst/_LOG} is no record of a conversion: restore it, or choose another folder")
+    if not isinstance(log, (dict, type(None))):
+        raise InputError(f"{dst/_LOG} is no record of a conversion: restore it, or choose another folder")
     return log
 
+# %% ../../nbs/9_earlier/01_pickles.ipynb #aed522e8
 def _sample(path):
-    "A checksum of a file's size and of 64 pieces of it, which costs the same for any size"
-    h, size = sha256(), os.path.getsize(path)
+    "A checksum of a file's size and of 64 pieces of it"
+    h = sha256()
+    size = os.path.getsize(path)
     h.update(str(size).encode())
     with open(path, "rb") as f:
         for i in range(64):
@@ -336,145 +589,255 @@ def _sample(path):
             h.update(f.read(4096))
     return h.hexdigest()
 
-def _is_done(done, f, row, options):
-    "Whether a log says that this very pickle was converted in this very way, and the set has its samples"
+def _is_done(
+    done,   # what the log says of the pickle, or None
+    f,      # the pickle
+    row,    # key -> row of the set
+    options # of this run
+):
+    "Whether this very pickle was converted with these options, and the set has its samples"
     fields = dict(samples=int, last=str, content=str, options=list) # earlier versions kept the first two
     if not (isinstance(done, dict) and all(type(done.get(k)) is t for k, t in fields.items())): return False
     return done["options"] == options and done["last"] in row and f.exists() and done["content"] == _sample(f)
 
+# %% ../../nbs/9_earlier/01_pickles.ipynb #20d19217
+def _check_known(
+    x,    # samples of a pickle
+    f,    # the pickle
+    have, # the set
+    row   # key -> row of the set
+):
+    "Raise `InputError` where the set has other samples under the same keys"
+    old = [i for i, k in enumerate(x["keys"]) if k in row]
+    at = [row[x["keys"][i]] for i in old]
+    def need(same, i, what):
+        if not same:
+            raise InputError(f"the key '{shown(x['keys'][i])}' of {f} is in {have.folder} already, with "
+                             f"{what}: give each image a key of its own, or choose another folder")
+    for i, j in zip(old, at): need(have.captions[j] == x["captions"][i], i, "another caption")
+    for n in _COLUMNS if old else ():
+        for i, a in zip(old, have.rows(n, torch.tensor(at))):
+            b = x[n][i].float()
+            same = a.shape == b.shape and not (a - b).norm() > .05*a.norm()
+            need(same, i, "other features")
+
 def _unseen(s, f, layout, have, row):
-    "The samples of a pickle that the set does not have, as batches of one; those that it has must be the same"
+    "The samples of a pickle that the set does not have, as batches of one"
     for at in range(0, len(s["keys"]), 16):
         x = {k: v[at:at+16] for k, v in s.items() if k != "config"}
-        if layout: x.update({n: to_layout(x[n].float(), layout) for n in ("clip", "eva")})
-        old = [i for i, k in enumerate(x["keys"]) if k in row]
-        for i in old:
-            if have.captions[row[x["keys"][i]]] != x["captions"][i]:
-                raise InputError(f"the key '{shown(x['keys'][i])}' of {f} is in {have.folder} already, with "
-                                 "another caption: give each picture a key of its own, or choose another "
-                                 "folder")
-        for n in ("clip", "eva") if old else ():
-            for i, a in zip(old, have.rows(n, torch.tensor([row[x["keys"][i]] for i in old]))):
-                if a.shape != x[n][i].shape or (a - x[n][i].float()).norm() > .05*a.norm():
-                    raise InputError(f"the key '{shown(x['keys'][i])}' of {f} is in {have.folder} already, "
-                                     "with other features: give each picture a key of its own, or choose "
-                                     "another folder")
+        if layout: x.update({n: to_layout(x[n].float(), layout) for n in _COLUMNS})
+        _check_known(x, f, have, row)
         for i, k in enumerate(x["keys"]):
-            if k not in row: yield [k], {n: x[n][i:i+1] for n in ("clip", "eva")}, [x["captions"][i]], [""]
+            if k not in row: yield [k], {n: x[n][i:i+1] for n in _COLUMNS}, [x["captions"][i]], [""]
 
-def _to_shards(src, dst, dtype, shard_size, contract, layout):
-    dst, source, w, new, skipped = Path(dst), {}, None, 0, 0
-    log, options = _log_of(dst) or {}, json.loads(json.dumps([dtype or "bf16", layout, contract]))
-    have = FeatureDataset(dst) if (dst/"manifest.json").exists() else None
-    row = {k: i for i, k in enumerate(have.keys)} if have else {}
-    with ExitStack() as stack:
-        for f in _pickles(src):
-            if _is_done(log.get(f.name), f, row, options):
-                skipped += log[f.name]["samples"]
-                continue
-            s = read_pickle_shard(f)
-            c = json.loads(json.dumps(_describe(s, f, layout, contract)))
-            if w is None:
-                w, first, about = stack.enter_context(ShardWriter(dst, c, dtype=dtype or "bf16", shard_size=shard_size)), f, c
-                if w.done: # a run that was killed may have left shards that the manifest does not list
-                    have = FeatureDataset(dst)
-                    row = {k: i for i, k in enumerate(have.keys)}
-            _same_kind(c, about, f, first)
-            if twice := next((k for k in s["keys"] if k in source), None):
-                raise InputError(f"the key '{shown(twice)}' is in {source[twice]} and in {f}: give each "
-                                 "picture a key of its own, or convert into two folders")
-            source.update(dict.fromkeys(s["keys"], f))
-            before, n = new, len(s["keys"])
-            for sample in _unseen(s, f, layout, have, row):
-                w.add_batch(*sample)
-                new += 1
-            log[f.name] = dict(samples=n, last=s["keys"][-1], content=_sample(f), options=options)
-            skipped += n - (new - before)
-            s = sample = None # before the next file is read
-            with _writing(dst/_LOG): write_json(dst/_LOG, log)
-    return dict(new=new, skipped=skipped, files=list(FeatureDataset(dst).files()))
-
+# %% ../../nbs/9_earlier/01_pickles.ipynb #9aff2f97
 def _same_kind(c, about, f, first):
     "Raise `InputError` where a pickle holds other features than the first one"
-    for n in ("clip", "eva"):
+    for n in _COLUMNS:
         for k in c[n]:
             if c[n][k] != about[n].get(k):
                 raise InputError(f"{f} has {n} features with {k} = {shown(c[n][k])}, {first} with "
                                  f"{shown(about[n].get(k))}: convert them into folders of their own")
 
-# %% ../../nbs/9_earlier/01_pickles.ipynb #1e85dd2f
-def _seed_dict(ds, idxs, i, layout, dtype):
-    "The columns of one pickle"
-    x = {n: ds.rows(n, idxs) for n in ("clip", "eva")}
-    if layout: x = {n: to_layout(v, layout).clone(memory_format=torch.contiguous_format) for n, v in x.items()} # a view would be stored with all it is a view of
-    tokens = {n: v.shape[1] for n, v in x.items()}
-    contract = _reduced(ds.contract, layout, tokens) if layout else ds.contract
-    config = dict(**{f"{n}_model": str(_part(contract, n).get("model", "unknown")) for n in x}, **{f"{n}_dim": v.shape[2] for n, v in x.items()},
-                  mode=_name(layout or _part(contract, "clip").get("layout"), tokens["clip"]), tokens=tokens["clip"], include_cls=layout_of(tokens["clip"]).has_cls,
-                  format_version=f"blip3o_{tokens['clip']}_tokens", contract=json.dumps(contract))
-    return {**{f"{n}_blip3o_embeddings": v.to(_FLOATS[dtype]) for n, v in x.items()}, "captions": [ds.captions[j] for j in idxs], "keys": [ds.keys[j] for j in idxs],
-            "total_samples": len(idxs), "shard_idx": i, "config": config}
+class _Shards:
+    "A folder of shards that pickles are added to"
+    def __init__(self, dst, dtype, shard_size, contract, layout, stack):
+        self.dst = Path(dst)
+        self.dtype = dtype or "bf16"
+        self.shard_size = shard_size
+        self.contract = contract
+        self.layout = layout
+        self.stack = stack # closes the writer
+        self.log = _log_of(self.dst) or {}
+        self.options = json.loads(json.dumps([self.dtype, layout, contract]))
+        self.w = None
+        self.source = {} # key -> the pickle it is in
+        self.new = 0
+        self.skipped = 0
+        self.have = None
+        self.row = {}
+        if (self.dst/"manifest.json").exists(): self.read()
 
+    def read(self):
+        "Note what the set has"
+        self.have = FeatureDataset(self.dst)
+        self.row = {k: i for i, k in enumerate(self.have.keys)}
+
+    def begin(self, f, c):
+        "Open the writer with the contract `c` of the first pickle"
+        writer = ShardWriter(self.dst, c, dtype=self.dtype, shard_size=self.shard_size)
+        self.w = self.stack.enter_context(writer)
+        self.first = f
+        self.about = c
+        # a run that was killed may have left shards that the manifest does not list
+        if self.w.done: self.read()
+
+# %% ../../nbs/9_earlier/01_pickles.ipynb #d5e7fb85
+@patch
+def claim(self:_Shards, keys, f):
+    "Raise `InputError` where an earlier pickle of this run has one of these keys"
+    twice = next((k for k in keys if k in self.source), None)
+    if twice is not None:
+        raise InputError(f"the key '{shown(twice)}' is in {self.source[twice]} and in {f}: give each image "
+                         "a key of its own, or convert into two folders")
+    self.source.update(dict.fromkeys(keys, f))
+
+@patch
+def add(self:_Shards, f):
+    "Add the samples of a pickle that the set does not have"
+    s = read_pickle_shard(f)
+    c = json.loads(json.dumps(_describe(s, f, self.layout, self.contract)))
+    if self.w is None: self.begin(f, c)
+    _same_kind(c, self.about, f, self.first)
+    self.claim(s["keys"], f)
+    new = 0
+    for sample in _unseen(s, f, self.layout, self.have, self.row):
+        self.w.add_batch(*sample)
+        new += 1
+    self.new += new
+    self.skipped += len(s["keys"]) - new
+    self.log[f.name] = dict(samples=len(s["keys"]), last=s["keys"][-1], content=_sample(f),
+                            options=self.options)
+    _note(self.log, self.dst/_LOG)
+
+def _to_shards(src, dst, dtype, shard_size, contract, layout):
+    "Convert a pickle or a folder of them"
+    with ExitStack() as stack:
+        shards = _Shards(dst, dtype, shard_size, contract, layout, stack)
+        for f in _pickles(src):
+            done = shards.log.get(f.name)
+            if _is_done(done, f, shards.row, shards.options): shards.skipped += done["samples"]
+            else: shards.add(f)
+    files = list(FeatureDataset(shards.dst).files())
+    return dict(new=shards.new, skipped=shards.skipped, files=files)
+
+# %% ../../nbs/9_earlier/01_pickles.ipynb #1e85dd2f
+def _config_of(
+    contract, # of the features in the pickle
+    x,        # column -> `[N, T, D]`
+    layout    # that they were reduced to, or None
+):
+    "What a pickle says of itself"
+    tokens = x["clip"].shape[1]
+    return {
+        **{f"{n}_model": str(_part(contract, n).get("model", "unknown")) for n in x},
+        **{f"{n}_dim": v.shape[2] for n, v in x.items()},
+        "mode": _name(layout or _part(contract, "clip").get("layout"), tokens),
+        "tokens": tokens,
+        "include_cls": layout_of(tokens).has_cls,
+        "format_version": f"blip3o_{tokens}_tokens",
+        "contract": json.dumps(contract)}
+
+def _as_pickle(
+    ds,     # `FeatureDataset`
+    idxs,   # rows of it
+    i,      # number of the pickle
+    layout, # to reduce to, or None
+    dtype   # key of `_FLOATS`
+):
+    "What one pickle holds"
+    x = {n: ds.rows(n, idxs) for n in _COLUMNS}
+    contract = ds.contract
+    if layout: # copied, because a view would be stored with all that it is a view of
+        x = {n: to_layout(v, layout).clone(memory_format=torch.contiguous_format) for n, v in x.items()}
+        contract = _reduced(contract, layout, {n: v.shape[1] for n, v in x.items()})
+    return {
+        **{f"{n}_blip3o_embeddings": v.to(_FLOATS[dtype]) for n, v in x.items()},
+        "captions": [ds.captions[j] for j in idxs],
+        "keys": [ds.keys[j] for j in idxs],
+        "total_samples": len(idxs),
+        "shard_idx": i,
+        "config": _config_of(contract, x, layout)}
+
+# %% ../../nbs/9_earlier/01_pickles.ipynb #810a6acd
 def _dump(data, path):
+    "Write a pickle, whole or not at all"
     with _writing(path), atomic_path(path) as tmp, open(tmp, "wb") as f: pickle.dump(data, f, protocol=4)
 
-# %% ../../nbs/9_earlier/01_pickles.ipynb #c54759d7
 def _same_pickle(f, want):
     "Raise `InputError` where a pickle holds other features or captions than those"
     have = read_pickle_shard(f)
-    same = [have[n].equal(want[f"{n}_blip3o_embeddings"]) for n in ("clip", "eva")]
+    same = [have[n].equal(want[f"{n}_blip3o_embeddings"]) for n in _COLUMNS]
     if have["captions"] != want["captions"] or not all(same):
         raise InputError(f"{f} holds other features under the same keys: choose another folder")
 
-def _to_pickles(src, dst, dtype, shard_size, contract, layout):
-    ds, dst, new, files = FeatureDataset(src), Path(dst), 0, []
-    parts = torch.arange(len(ds)).split(shard_size)
-    first = _seed_dict(ds, parts[0][:1], 0, layout, dtype)["config"]
-    sums = sha256("".join(ds.files().values()).encode()).hexdigest()
-    keys = sha256("\n".join(ds.keys).encode()).hexdigest()
-    asked = dict(keys=keys, features=sums, dtype=dtype, shard_size=shard_size, **first)
+def _check_begun(
+    dst,  # the folder of pickles
+    asked # features and settings of this run
+):
+    "Whether an earlier version began the folder; raises `InputError` where it was begun with other settings"
     if any(dst.glob("embeddings_shard_*.pkl")) and not (dst/_LOG).exists():
         raise InputError(f"{dst} holds pickles of other origin: choose an empty folder")
     have = _log_of(dst) or asked
-    earlier = "features" not in have # a version that did not note of which features they are
-    compared = [k for k in asked if k != "features" or not earlier]
-    if diff := next((k for k in compared if have.get(k) != asked[k]), None):
-        raise InputError(f"{dst} holds pickles with {diff} = {shown(have.get(diff))}, not "
-                         f"{shown(asked[diff])}: choose another folder, or the same settings")
-    if not earlier:
-        with _writing(dst/_LOG): write_json(dst/_LOG, asked)
-    for i, idxs in enumerate(parts):
-        files.append(dst/f"embeddings_shard_{i:05d}_{first['mode']}.pkl")
-        if not files[-1].exists():
-            _dump(_seed_dict(ds, idxs, i, layout, dtype), files[-1])
+    earlier = "features" not in have
+    for k in asked:
+        if k == "features" and earlier: continue
+        if have.get(k) != asked[k]:
+            raise InputError(f"{dst} holds pickles with {k} = {shown(have.get(k))}, not {shown(asked[k])}: "
+                             "choose another folder, or the same settings")
+    return earlier
+
+# %% ../../nbs/9_earlier/01_pickles.ipynb #c54759d7
+def _asked(ds, config, dtype, shard_size):
+    "The features and settings of a run"
+    features = sha256("".join(ds.files().values()).encode()).hexdigest()
+    keys = sha256("\n".join(ds.keys).encode()).hexdigest()
+    return dict(keys=keys, features=features, dtype=dtype, shard_size=shard_size, **config)
+
+def _manifest(config, shards, samples):
+    "The manifest that earlier programs expect beside their pickles"
+    about = dict(tokens_per_sample=config["tokens"], include_cls=config["include_cls"])
+    return dict(total_shards=shards, total_samples=samples, failed_shards=[], extraction_mode=config["mode"],
+                tokens_per_sample=config["tokens"], token_info=about,
+                format_version=config["format_version"], config=config)
+
+def _to_pickles(src, dst, dtype, shard_size, contract, layout):
+    "Convert shards to as many pickles as it takes"
+    ds = FeatureDataset(src)
+    dst = Path(dst)
+    parts = torch.arange(len(ds)).split(shard_size)
+    config = _as_pickle(ds, parts[0][:1], 0, layout, dtype)["config"]
+    asked = _asked(ds, config, dtype, shard_size)
+    earlier = _check_begun(dst, asked)
+    if not earlier: _note(asked, dst/_LOG)
+    new = 0
+    files = [dst/f"embeddings_shard_{i:05d}_{config['mode']}.pkl" for i in range(len(parts))]
+    for i, (f, idxs) in enumerate(zip(files, parts)):
+        if not f.exists():
+            _dump(_as_pickle(ds, idxs, i, layout, dtype), f)
             new += len(idxs)
-        elif earlier: _same_pickle(files[-1], _seed_dict(ds, idxs, i, layout, dtype))
-    if earlier:
-        with _writing(dst/_LOG): write_json(dst/_LOG, asked)
-    m = dict(total_shards=len(parts), total_samples=len(ds), failed_shards=[], extraction_mode=first["mode"], tokens_per_sample=first["tokens"],
-             token_info=dict(tokens_per_sample=first["tokens"], include_cls=first["include_cls"]), format_version=first["format_version"], config=first)
-    with _writing(dst/_MANIFEST): write_json(dst/_MANIFEST, m)
+        elif earlier: _same_pickle(f, _as_pickle(ds, idxs, i, layout, dtype))
+    if earlier: _note(asked, dst/_LOG)
+    _note(_manifest(config, len(parts), len(ds)), dst/_MANIFEST)
     return dict(new=new, skipped=len(ds) - new, files=files)
 
 def _to_grid_pickle(src, dst, dtype, shard_size, contract, layout):
-    ds, dst = FeatureDataset(src), Path(dst)
+    "Convert shards to one pickle"
+    ds = FeatureDataset(src)
+    dst = Path(dst)
     if dst.suffix != ".pkl": dst = dst/"blip3o_grid_embeddings.pkl"
     if dst.exists(): raise InputError(f"{dst} exists already: delete it, or choose another name")
-    _dump(_seed_dict(ds, torch.arange(len(ds)), 0, layout or "grid_64", dtype), dst)
+    _dump(_as_pickle(ds, torch.arange(len(ds)), 0, layout or "grid_64", dtype), dst)
     return dict(new=len(ds), skipped=0, files=[dst])
 
+# %% ../../nbs/9_earlier/01_pickles.ipynb #3ecbfa90
 def convert(
-    src:str|Path, dst:str|Path, # a folder of pickles or one of them, and the folder of the shards; or the other way round
-    to:str="shards",            # "shards", "pickles" (as many as it takes) or "grid_pickle" (one file, made in memory)
-    dtype:str|None=None,        # "bf16", "fp16" or "fp32"; default: bf16 for shards, fp32 for pickles
-    shard_size:int=1024,        # samples a shard or pickle
-    contract:dict|None=None,    # to shards: what is known of the features, for example `{"clip": {"stage": "hidden"}}`
-    layout:str|None=None        # reduce to this layout, see `to_layout`; default: as it is, and grid_64 for "grid_pickle"
+    src:str|Path,            # a folder of pickles or one of them; or the folder of shards
+    dst:str|Path,            # the folder of shards; or that of the pickles
+    to:str="shards",         # "shards", "pickles" (as many as it takes) or "grid_pickle" (one file)
+    dtype:str|None=None,     # "bf16", "fp16" or "fp32"; default: bf16 for shards, fp32 for pickles
+    shard_size:int=1024,     # samples a shard or pickle
+    contract:dict|None=None, # to shards: what you know of the features, as `{"clip": {"stage": "hidden"}}`
+    layout:str|None=None     # to reduce to, see `to_layout`; default: none, and grid_64 for "grid_pickle"
 ) -> dict: # samples "new" and "skipped" (stored by an earlier run), and the "files"
-    "Convert features between seed pickles and shards; raises `InputError` for bad input, other settings than those the folder was begun with, or a disk that is full"
+    "Convert between shards and pickles of earlier programs; raises `InputError` for bad input or a full disk"
     ways = {"shards": _to_shards, "pickles": _to_pickles, "grid_pickle": _to_grid_pickle}
     if to not in ways: raise InputError(f"unknown format '{to}': choose {', '.join(ways)}")
     if shard_size < 1: raise InputError(f"a shard of {shard_size} samples is none: choose at least 1")
-    if to != "shards" and contract: raise InputError("a contract can be given to shards; pickles take that of the shards they are made from")
-    if to != "shards" and (dtype or "fp32") not in _FLOATS: raise InputError(f"unknown dtype '{dtype}': choose {', '.join(_FLOATS)}")
-    return ways[to](src, dst, dtype if to == "shards" else dtype or "fp32", shard_size, contract, layout)
+    if to != "shards":
+        if contract:
+            raise InputError("a contract can be given to shards; pickles take that of the shards "
+                             "they are made from")
+        dtype = dtype or "fp32"
+        if dtype not in _FLOATS: raise InputError(f"unknown dtype '{dtype}': choose {', '.join(_FLOATS)}")
+    return ways[to](src, dst, dtype, shard_size, contract, layout)
