@@ -150,3 +150,14 @@ def test_every_public_name_and_every_module_of_before():
     with pytest.raises(ImportError, match="blip3o_nb.shards is now blip3o_nb.features.shards"):
         exec("from blip3o_nb import shards")
     with pytest.raises(ModuleNotFoundError): __import__("blip3o_nb.no_such_room")
+
+def test_rooms_ask_what_a_thing_has_and_not_whose_class_it_is():
+    "No isinstance of a class of this package outside the module that defines it, but for its exceptions"
+    trees = {p: ast.parse(p.read_text()) for p in PACKAGE.rglob("*.py")}
+    own = {n.name: p for p, tree in trees.items() for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+    found = []
+    for p, tree in trees.items():
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "isinstance"]
+        names = {x.id for n in calls for x in ast.walk(n.args[1]) if isinstance(x, ast.Name)}
+        found += [f"{p.name}: {c}" for c in names - {"InputError"} if own.get(c, p) != p]
+    assert not found and "BLIP3oDiT" in own

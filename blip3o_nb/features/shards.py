@@ -128,7 +128,7 @@ def _list(self:ShardWriter, n, rows, unread):
     self._see(n)
     part, new = self.parts.get(n), [r for r in rows if r[0] not in self.hashes]
     to_list = new and not part["keys"] if part else new or unread or self.plan
-    if to_list: # otherwise another process has stored all of them
+    if to_list:
         lists = [list(x) for x in zip(*new)] or [[], [], []]
         part = dict(zip(SAMPLES, lists), skipped=unread, plan=self.plan)
         self.put(f"samples/part-{n:05d}.json", part)
@@ -140,7 +140,7 @@ def _list(self:ShardWriter, n, rows, unread):
 
 @patch
 def _store(self:ShardWriter, n, c, rows, skipped, tensors):
-    "Write the shard of a column, then its entry, which makes it part of the set"
+    "Write the shard of a column, then its entry, by which it counts"
     keys, path = [k for k, *_ in rows], self.folder/c/f"shard-{n:05d}.safetensors"
     gone = self.held[c] | skipped.keys()
     new = [i for i, k in enumerate(keys) if k in self.hashes and k not in gone]

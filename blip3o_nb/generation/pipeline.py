@@ -163,10 +163,11 @@ def images(self:Pipeline,
     x # an image or a list of them, each a PIL image, a `uint8` array or a path; or what `read_images` takes
 ) -> list: # of PIL images
     "The images of a call; raises `InputError` for one that cannot be read"
-    from blip3o_nb.features.images import ImageSource, Unreadable, read_images
+    from blip3o_nb.features.images import Unreadable, read_images
     one = isinstance(x, np.ndarray) and x.ndim == 3 or _image_file(x)
-    if one or not hasattr(x, "__iter__") and not isinstance(x, (Path, ImageSource)): x = [x]
-    if not isinstance(x, (str, Path, ImageSource)):
+    source = hasattr(x, "keys") and hasattr(x, "sample") # what `read_images` gives
+    if one or not (hasattr(x, "__iter__") or isinstance(x, Path) or source): x = [x]
+    if not (isinstance(x, (str, Path)) or source):
         x = list(x)
         if not x or not all(isinstance(i, (str, Path)) for i in x): return [self.image(i) for i in x]
     source = _files(x) if isinstance(x, list) and all(map(_image_file, x)) else read_images(x)
@@ -415,7 +416,7 @@ def _same_task(folder, have, want):
     if have.name != name:
         raise InputError(f"the checkpoint in {folder} was trained for task '{have.name}', not '{name}': "
                          "choose another folder or task")
-    if isinstance(want, Task) and (have.target, have.cond) != (want.target, want.cond):
+    if hasattr(want, "target") and (have.target, have.cond) != (want.target, want.cond):
         raise InputError(f"the checkpoint in {folder} was trained for a task '{name}' that generates "
                          f"{have.target} from {have.cond}, not {want.target} from {want.cond}: choose "
                          "another folder or task")

@@ -109,8 +109,7 @@ class Agreement(Callback):
             with together(): self.guard("before_step", self.loss)
     def guard(self, event, loss):
         self.learn.loss = loss
-        for cb in list(self.learn.cbs):
-            if isinstance(cb, NaNGuard): cb(event)
+        for cb in self.learn._grab_cbs(NaNGuard): cb(event)
 
 # %% ../../nbs/7_runs/01_distributed.ipynb #2b1568d3
 def fsdp_copy(model:torch.nn.Module, mesh) -> torch.nn.Module:
@@ -161,8 +160,7 @@ class DistributedCallback(Callback):
             raise InputError(f"this is process {rank} of {world}, which have not joined: "
                              "train inside `with processes():`")
         self.check()
-        for cb in learn.cbs:
-            if isinstance(cb, ProgressBar): cb.show = cb.show and rank == 0
+        for cb in learn._grab_cbs(ProgressBar): cb.show = cb.show and rank == 0
         ema = getattr(learn, "ema_model", None)
         averaged = ema.module.parameters() if ema else ()
         for p in (*learn.model.parameters(), *averaged): dist.broadcast(p.detach(), 0)

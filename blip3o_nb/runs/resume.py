@@ -153,8 +153,8 @@ def take_up(self:CheckpointCallback, s, weights):
 @patch
 def others(self:CheckpointCallback):
     "Callbacks with a state of their own, beside those that a state holds in any case"
-    return [cb for cb in self.learn.cbs if hasattr(type(cb), "state_dict")
-            and not isinstance(cb, (FlowCallback, EMACallback, PrecisionCallback))]
+    held = self.learn._grab_cbs((FlowCallback, EMACallback, PrecisionCallback))
+    return [cb for cb in self.learn.cbs if hasattr(type(cb), "state_dict") and cb not in held]
 
 @patch
 def trackers(self:CheckpointCallback, run:bool):

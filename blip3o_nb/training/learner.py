@@ -73,7 +73,7 @@ class FlowCallback(Callback):
 
     def after_batch(self):
         s, loss = self.yb[0], self.loss_func
-        if not self.metrics or not isinstance(s, PathSample): return # a batch that was cancelled
+        if not self.metrics or not hasattr(s, "xt"): return # a batch that was cancelled
         data = self.path.sample_from(loss.prediction_type, loss.answer(self.pred.detach()), s.xt, s.t)
         self.learn.pred, self.learn.yb = self.target_norm.decode(data), (self.target_norm.decode(s.x1),)
 
