@@ -58,7 +58,7 @@ class NetworkOptions:
 class OptimiserOptions:
     "How the weights move"
     num_epochs: int = 10               # passes over the training images
-    batch_size: int = 64               # images a batch and process
+    batch_size: int = 64               # images in the batch of each process
     gradient_accumulation_steps: int = 1 # batches a step
     learning_rate: float|None = None   # peak; None: by the width, see `width_lr`
     schedule: str = "warmup_cosine"    # warmup_cosine, one_cycle or constant
@@ -81,7 +81,7 @@ class EncoderOptions:
 @dataclass
 class RunOptions:
     "From which features, where to, on which machine, and how it is watched"
-    embeddings_dir: str = "embeddings" # feature shards, or pickles of earlier work, which are converted first
+    embeddings_dir: str = "embeddings" # a set of features, a folder of arrays, or pickles of earlier work
     output_dir: str = "checkpoints"    # folder of the run
     recipe: str|None = None            # blip3o, rae or demo, or an earlier program's: other defaults
     task: str = "clip_generation"      # a known task, or the name of the one that target and cond make

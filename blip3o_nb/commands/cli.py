@@ -108,12 +108,12 @@ def blip3o_demo(
     clip:str=TINY["clip"],   # CLIP tower: shipped, "ViT-L-14/openai" of open_clip, or a Hugging Face id
     eva:str=TINY["eva"],     # EVA-CLIP tower: shipped, or "EVA02-L-14/merged2b_s4b_b131k" of open_clip
     task:str=RunOptions.task, # clip_generation, eva_reproduction, clip_denoising or eva_denoising
-    size:str=None,           # preset of the DiT: nano, tiny, small, base, large or nextdit; None: nano
+    size:str=None,           # preset of the DiT: nano, tiny, small, base, large or nextdit; None: nano, as the recipe demo
     prediction_type:str=FlowOptions.prediction_type, # what the network answers: sample or velocity
-    epochs:int=None,         # passes over the training split; None: as the recipe demo says, and so below
-    bs:int=None,             # batch size
-    lr:float=None,           # peak learning rate
-    cls_weight:float=None,   # weight of the CLS token in the loss
+    epochs:int=None,         # passes over the training split; None: 4, as the recipe demo
+    bs:int=None,             # batch size; None: 32, likewise
+    lr:float=None,           # peak learning rate; None: 0.003, likewise
+    cls_weight:float=None,   # weight of the CLS token in the loss; None: 8, likewise
     limit:int|None=None,     # use so many images only, the first ones; None: all
     seed:int=RunOptions.seed, # of weights, order, noise and times
     device:str|None=None,    # of the encoders: cuda or cpu; None: CUDA where there is one

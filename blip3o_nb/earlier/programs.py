@@ -1,4 +1,4 @@
-"""Find what an option of an earlier program is called here, and fetch the images that its model was pretrained on: the size first, then every byte once.
+"""Find what an option of an earlier program is called here, and fetch the images that BLIP3-o was pretrained on: the size first, then every byte once.
 
 Docs: https://blip3o-nb.github.io/blip3o_nb/9_earlier/programs.html.md"""
 

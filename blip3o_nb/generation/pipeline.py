@@ -53,7 +53,7 @@ class Pipeline:
         target_norm:Normalizer, cond_norm:Normalizer,
         contract:dict,          # column -> which encoder made the features the model was trained on
         path=None,              # default: the task's
-        objective:str="flow",   # "regression": one evaluation at `xt = 0`, `t = 0`
+        objective:str=FlowOptions.objective, # "regression": one evaluation at `xt = 0`, `t = 0`
         method:str=FlowOptions.method, steps:int=FlowOptions.steps, # solver and number of its steps
         training:dict|None=None,# what is known of the training run
         held_out:float=HELD_OUT # share of the keys that it never saw
