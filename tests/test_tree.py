@@ -161,3 +161,15 @@ def test_rooms_ask_what_a_thing_has_and_not_whose_class_it_is():
         names = {x.id for n in calls for x in ast.walk(n.args[1]) if isinstance(x, ast.Name)}
         found += [f"{p.name}: {c}" for c in names - {"InputError"} if own.get(c, p) != p]
     assert not found and "BLIP3oDiT" in own
+
+def test_exported_code_can_be_read():
+    "Lines of at most 110 characters, one statement a line, functions of at most 40 lines"
+    wide = []
+    for p in PACKAGE.rglob("*.py"):
+        text = "" if p.name.startswith("_") else p.read_text().partition("\n# %% ../")[2] # without the generated head
+        wide += [f"{p.name}: {l}" for l in text.splitlines() if len(l) > 110]
+        for n in ast.walk(ast.parse(p.read_text())):
+            if not isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)): continue
+            lines = n.end_lineno - n.body[0].lineno
+            if lines > 40: wide.append(f"{p.name}: {n.name} has {lines} lines")
+    assert not wide

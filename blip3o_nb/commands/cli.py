@@ -108,9 +108,9 @@ def blip3o_demo(
     clip:str=TINY["clip"],   # CLIP tower: shipped, "ViT-L-14/openai" of open_clip, or a Hugging Face id
     eva:str=TINY["eva"],     # EVA-CLIP tower: shipped, or "EVA02-L-14/merged2b_s4b_b131k" of open_clip
     task:str=RunOptions.task, # clip_generation, eva_reproduction, clip_denoising or eva_denoising
-    size:str=None,           # preset of the DiT: nano, tiny, small, base, large or nextdit; None: nano, as the recipe demo
+    size:str=None,           # preset of the DiT, nano to large, or nextdit; None: nano, of the recipe demo
     prediction_type:str=FlowOptions.prediction_type, # what the network answers: sample or velocity
-    epochs:int=None,         # passes over the training split; None: 4, as the recipe demo
+    epochs:int=None,         # passes over the training split; None: 4, likewise
     bs:int=None,             # batch size; None: 32, likewise
     lr:float=None,           # peak learning rate; None: 0.003, likewise
     cls_weight:float=None,   # weight of the CLS token in the loss; None: 8, likewise

@@ -178,7 +178,7 @@ class Encoder:
     def __init__(self,
         tower:Tower,
         stage:str=EncoderOptions.stage,   # "hidden", "normed" or "projected"
-        layout:str=EncoderOptions.layout  # "cls_patch", "patch_only", "grid_64" or a grid that divides its own
+        layout:str=EncoderOptions.layout  # "cls_patch", "patch_only", "grid_64" or another
     ):
         if stage not in STAGES:
             raise InputError(f"unknown stage '{stage}': choose one of {', '.join(STAGES)}")
@@ -541,7 +541,7 @@ def own_encoder(
 def load_encoder(
     name:str,               # shipped, "ARCH", "ARCH/tag", "ARCH:FILE", hub id, folder, "python:MODULE:NAME"
     stage:str=EncoderOptions.stage,   # "hidden", "normed" or "projected"
-    layout:str=EncoderOptions.layout, # "cls_patch", "patch_only", "grid_64" or a grid that divides the tower's
+    layout:str=EncoderOptions.layout, # "cls_patch", "patch_only", "grid_64" or another grid
     device=None,            # default: the GPU if there is one
     dtype:torch.dtype|str|None=None, # "fp32" (the default), "fp16", "bf16", or torch's own
     compile:bool=False,     # compile the blocks at the first batch

@@ -93,7 +93,8 @@ class Pixels(torch.utils.data.Dataset):
             same = next((n for n in self.make if same_pixels(encoders[n].contract, e.contract)), name)
             self.maker[name] = same
             if fast_decode and "image_size" not in e.contract:
-                raise InputError(f"the contract of '{name}' has no image_size: add it, or leave fast_decode out")
+                raise InputError(f"the contract of '{name}' has no image_size: add it, or leave out "
+                                 "fast_decode")
             size = part_size(e.contract) if fast_decode else None
             self.make.setdefault(same, (size, e.preprocess))
     def _made(self, i, names):

@@ -28,7 +28,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from huggingface_hub.constants import HF_HUB_CACHE
 from webdataset.tariterators import base_plus_ext
 from ..core import ranks
-from ..files import InputError, check_sum
+from ..files import InputError, check_sum, one_line
 
 # %% ../../nbs/3_features/01_images.ipynb #83d9dd41
 class Unreadable(Exception): "An image that cannot be read; the message is the reason"
@@ -394,7 +394,7 @@ class _Samples:
         for key, n in self.at.items():
             suffix = self.lone.get(n)
             if suffix is None: continue
-            cut = f" (from the first dot on its suffix is {suffix})" if "." in suffix else ""
+            cut = f" (from the first dot on its suffix is {one_line(suffix)})" if "." in suffix else ""
             self.skip(f"{key}.{suffix}", f"no picture among its files{cut}")
         exts = np.array(self.exts, dtype="uint8")
         where = np.array(self.where, dtype="int64").reshape(-1, 3, 2)

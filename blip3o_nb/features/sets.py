@@ -121,10 +121,11 @@ def _header(path, digest):
 def _read_earlier(folder, m, names):
     "A set whose files hold all columns, as if each column had files of its own"
     check_form(m, _OLD_SET, folder/MANIFEST)
+    if any(len(s) != 2 for s in m["shapes"].values()): check_form(m, None, folder/MANIFEST)
     parts, columns = {}, {}
     for c in m["shapes"] or m["contract"]:
         if names is not None and c not in names: continue
-        n, d = (m["shapes"].get(c, [None]) + [None])[:2]
+        n, d = m["shapes"].get(c, (None, None))
         about = dict(format=FORMAT, dtype=m["dtype"], num_tokens=n, width=d)
         columns[c] = folder, about | dict(contract=m["contract"].get(c, {})), {}
     for s in m["shards"]:

@@ -128,7 +128,8 @@ WIDTHS = dict(clip_embedding_size=1024, eva_embedding_size=4096) # and what they
 
 def _by_column(task):
     "Options that named a width by its column -> the sides that have this width in that task"
-    if not (isinstance(task, str) or hasattr(task, "target")): raise InputError(f"task is {task!r:.80}: give text")
+    if not (isinstance(task, str) or hasattr(task, "target")):
+        raise InputError(f"task is {task!r:.80}: give text")
     task = get_task(task)
     sides = {"task": [], **{name: [] for name in WIDTHS}}
     for side, column in (("target_size", task.target), ("cond_size", task.cond)):

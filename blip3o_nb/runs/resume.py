@@ -185,7 +185,8 @@ def save(self:CheckpointCallback, epoch:int, batch:int):
 def _read_state(file):
     "The state in a file; raises an error of some kind where there is none"
     with zipfile.ZipFile(file) as z:
-        if z.testzip(): raise ValueError("it does not match its checksums")
+        marked = any(i.external_attr for i in z.infolist()) # torch reads nothing from a "directory"
+        if marked or z.testzip(): raise ValueError("it does not match its checksums")
     s = torch.load(file, map_location="cpu", weights_only=True)
     parts = {"learner", "scaler", "rng", "plan", "record", "at"}
     if isinstance(s, dict) and parts <= set(s) and isinstance(s["plan"], dict): return s
