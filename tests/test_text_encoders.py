@@ -1,5 +1,5 @@
-"""Each family of text encoders against its own library, small models with random weights; what a token's state
-may not depend on; what is refused. Nothing is downloaded."""
+"""Each family of text encoders against its own library, with random weights; what a state may not
+depend on; what is refused. Nothing is downloaded."""
 import json, sys
 from types import SimpleNamespace
 import huggingface_hub, open_clip, pytest, torch, transformers as hf
@@ -54,7 +54,7 @@ def a_bert(d, **kw):
 def a_roberta(d, **kw):
     "Its positions count what is no padding; the head of a language model beside it, and no pooler"
     lm = hf.RobertaForMaskedLM(hf.RobertaConfig(max_position_embeddings=32, **PART, **NUMBERS))
-    name, m = saved(d, lm, model_max_length=30, **kw)
+    name, m = saved(d, lm, **kw)
     def says(text):
         x = m.roberta(**alone(d, text)).last_hidden_state
         return x, x, None
@@ -75,7 +75,8 @@ def a_t5(d, **kw):
 def a_bart(d, **kw):
     "An encoder and a decoder in one model, of which the encoder is taken"
     sizes = dict(d_model=48, encoder_layers=2, decoder_layers=1, encoder_attention_heads=3,
-                 decoder_attention_heads=3, encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=32)
+                 decoder_attention_heads=3, encoder_ffn_dim=96, decoder_ffn_dim=96,
+                 max_position_embeddings=32)
     name, m = saved(d, hf.BartModel(hf.BartConfig(**sizes, **NUMBERS)), **kw)
     def says(text):
         x = m.encoder(**alone(d, text)).last_hidden_state
@@ -130,7 +131,8 @@ def an_hf_siglip(d, **kw):
     "Which sees its padding, and pools the last position"
     vision = dict(PART, image_size=32, patch_size=8)
     text = dict(PART, max_position_embeddings=16, projection_size=48, **NUMBERS)
-    name, m = saved(d, hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=vision)), "$A </s>", **kw)
+    config = hf.SiglipConfig(text_config=text, vision_config=vision)
+    name, m = saved(d, hf.SiglipModel(config), "$A </s>", **kw)
     def says(text):
         t = rows(d)
         t.padding_side = "right"
@@ -177,7 +179,8 @@ def test_equals_its_library(family, tmp_path):
     for at, stage in enumerate(("hidden", "normed")):
         enc = load_text_encoder(name, stage, device="cpu")
         x, lengths = enc.tokens(TEXTS)
-        assert x.shape == (3, lengths.max(), enc.width) and lengths.tolist() == [t[at].shape[1] for t in theirs]
+        assert x.shape == (3, lengths.max(), enc.width)
+        assert lengths.tolist() == [t[at].shape[1] for t in theirs]
         for row, n, t in zip(x, lengths, theirs):
             assert close(row[:n], t[at][0]) < TOL and t[at].std() > .05
             assert not row[n:].any()
@@ -214,13 +217,72 @@ def test_pooling_is_the_library_s_at_each_stage(family, tmp_path):
         assert close(enc.encode_text(TEXTS), pooled) < TOL and enc.embed_dim == pooled.shape[1]
         assert close(enc.pool(*enc.tokens(TEXTS)), pooled) < TOL
 
+# Further kinds: norms behind the blocks or within them, with and without weights; positions that are counted,
+# learned or relative; windows; a tower beside one of images
+
+IMAGES = dict(PART, image_size=32, patch_size=8)
+FURTHER = {
+    "distilbert": lambda: hf.DistilBertModel(hf.DistilBertConfig(
+        dim=48, hidden_dim=96, n_layers=2, n_heads=3, max_position_embeddings=32, **NUMBERS)),
+    "modernbert": lambda: hf.ModernBertModel(hf.ModernBertConfig(
+        max_position_embeddings=64, cls_token_id=1, sep_token_id=3, **PART, **NUMBERS)),
+    "deberta": lambda: hf.DebertaV2Model(hf.DebertaV2Config(
+        max_position_embeddings=32, relative_attention=True, pos_att_type=["p2c", "c2p"], **PART, **NUMBERS)),
+    "mpnet": lambda: hf.MPNetModel(hf.MPNetConfig(max_position_embeddings=32, **PART, **NUMBERS)),
+    "opt": lambda: hf.OPTModel(hf.OPTConfig(
+        hidden_size=48, ffn_dim=96, num_hidden_layers=2, num_attention_heads=3, word_embed_proj_dim=48,
+        max_position_embeddings=32, **NUMBERS)),
+    "gemma3": lambda: hf.Gemma3TextModel(hf.Gemma3TextConfig(sliding_window=4, **LAYERS, **NUMBERS)),
+    "mistral": lambda: hf.MistralModel(hf.MistralConfig(sliding_window=4, **LAYERS, **NUMBERS)),
+    "olmo": lambda: hf.OlmoModel(hf.OlmoConfig(max_position_embeddings=32, **PART, **NUMBERS)),
+    "chinese clip": lambda: hf.ChineseCLIPModel(hf.ChineseCLIPConfig(
+        text_config=dict(PART, max_position_embeddings=32, **NUMBERS), vision_config=IMAGES)),
+}
+INSIDE = ("distilbert", "deberta", "mpnet", "chinese clip") # blocks that end in a norm
+
+@pytest.mark.parametrize("kind", FURTHER)
+@torch.no_grad()
+def test_further_kinds(kind, tmp_path):
+    name, m = saved(tmp_path, FURTHER[kind](), padding_side="left")
+    enc = load_text_encoder(name, "normed", device="cpu")
+    x, lengths = enc.tokens(TEXTS)
+    for i, text in enumerate(TEXTS):
+        theirs = getattr(m, "text_model", m)(**alone(name, text)).last_hidden_state[0]
+        assert close(x[i, :lengths[i]], theirs) < TOL and theirs.std() > .05
+    assert (enc.tower.final is None) == (kind in INSIDE)
+    words = " ".join(["cat"]*80) # as many tokens as the model has positions
+    full = load_text_encoder(name, max_length=enc.tower.most, device="cpu")
+    assert full.tokens([words])[1] == enc.tower.most
+
+def test_a_language_model_behind_open_clip_is_refused(tmp_path):
+    "Which open_clip pools with layers of its own; so is a tower without a tokenizer"
+    name, _ = a_bert(tmp_path)
+    text = dict(hf_model_name=name, hf_model_pretrained=False, hf_pooler_type="mean_pooler",
+                hf_proj_type="linear")
+    vision = dict(image_size=32, patch_size=8, layers=1, width=32, head_width=16)
+    m = open_clip.CustomTextCLIP(16, vision, text)
+    with pytest.raises(InputError, match="its text tower is a HFTextEncoder"):
+        text_tower_of(m, open_clip.tokenize)
+    with pytest.raises(InputError, match="no tokenizer came with this model"): text_tower_of(m, None)
+
+def test_mixing_without_a_mask_is_refused(tmp_path):
+    "FNet mixes all positions, and the padding with them"
+    sizes = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, max_position_embeddings=32)
+    name, _ = saved(tmp_path, hf.FNetModel(hf.FNetConfig(**sizes, **NUMBERS)))
+    assert "FNetModel takes no tokens of a text with a mask" in refused(name)
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    name, _ = saved(tmp_path, hf.BertModel(hf.BertConfig(**PART, **NUMBERS | dict(vocab_size=10))))
+    with pytest.raises(InputError, match="gives the token 1., the model knows 10: they do not belong"):
+        load_text_encoder(name, device="cpu").tokens(TEXTS)
+
 def test_pair_of_open_clip_has_one_fingerprint():
     text, image = load_text_encoder("tiny-clip", device="cpu"), load_encoder("tiny-clip", device="cpu")
     assert text.contract["fingerprint"] == image.contract["fingerprint"]
     assert close(text.encode_text(TEXTS), image.encode_text(TEXTS)) < TOL
 
-# Text towers of open_clip in other forms: SigLIP's sees its padding and pools the last position, CoCa's appends a
-# token of its own, an eos is found by its number
+# Text towers of open_clip in other forms: SigLIP's sees its padding and pools the last position, CoCa's adds
+# a token of its own, an eos is found by its number
 
 FORMS = {"siglip": dict(no_causal_mask=True, pool_type="last", proj_bias=True),
          "eos": dict(pool_type="eos", eos_id=49407), "first": dict(no_causal_mask=True, pool_type="first")}
@@ -240,7 +302,8 @@ def test_other_text_towers_of_open_clip(form, tmp_path):
 
 @torch.no_grad()
 def test_coca_has_states_and_no_pooling():
-    text = dict(context_length=19, vocab_size=49408, width=48, heads=3, layers=2, embed_cls=True, output_tokens=True)
+    text = dict(context_length=19, vocab_size=49408, width=48, heads=3, layers=2, embed_cls=True,
+                output_tokens=True)
     vision = dict(image_size=32, patch_size=8, layers=1, width=32, head_width=16, attentional_pool=True,
                   attn_pooler_heads=2, output_tokens=True)
     more = dict(context_length=19, vocab_size=49408, width=48, heads=3, layers=1)
@@ -296,18 +359,19 @@ def test_unknown_names_stages_and_texts(tmp_path):
 
 def test_models_without_text(tmp_path):
     sizes = dict(PART, image_size=32, patch_size=8)
-    for name, m in dict(dino=hf.Dinov2Model(hf.Dinov2Config(**sizes)), vit=hf.ViTModel(hf.ViTConfig(**sizes))).items():
-        m.save_pretrained(tmp_path/name)
-        assert "has no text tower" in refused(str(tmp_path/name))
+    for m in (hf.Dinov2Model(hf.Dinov2Config(**sizes)), hf.ViTModel(hf.ViTConfig(**sizes))):
+        m.save_pretrained(tmp_path/type(m).__name__)
+        assert "has no text tower" in refused(str(tmp_path/type(m).__name__))
 
 @pytest.mark.fault("text encoder that brings code", "encoders", "refused in one line, not run")
 def test_remote_code_is_off(tmp_path):
     (tmp_path/"modeling_own.py").write_text("raise SystemExit('it was run')")
-    said = dict(model_type="own", auto_map={"AutoModel": "modeling_own.Own", "AutoConfig": "modeling_own.Config"})
+    code = {"AutoModel": "modeling_own.Own", "AutoConfig": "modeling_own.Config"}
+    said = dict(model_type="own", auto_map=code)
     (tmp_path/"config.json").write_text(json.dumps(said))
     assert "remote code is off" in refused(str(tmp_path))
 
-@pytest.mark.fault("text encoder that lacks tensors or a tokenizer", "encoders", "refused in one line that names it")
+@pytest.mark.fault("text encoder that lacks tensors or a tokenizer", "encoders", "one line that names it")
 def test_incomplete_models(tmp_path):
     name, _ = a_bert(tmp_path)
     for f in ("tokenizer.json", "tokenizer_config.json"): (tmp_path/f).unlink()
@@ -322,13 +386,13 @@ def test_incomplete_models(tmp_path):
     (tmp_path/"model.safetensors").write_bytes(b"broken")
     assert "cannot be loaded" in refused(name)
 
-@pytest.mark.fault("hub that cannot be reached, refuses a model or has none", "encoders", "one line that says what to do")
+@pytest.mark.fault("hub out of reach, or without the model", "encoders", "one line that says what to do")
 def test_hub_out_of_reach(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert refused("some/encoder").startswith("some/encoder is not in the cache")
     response = SimpleNamespace(headers={}, request=None)
-    kinds = {"GatedRepoError": "is gated: accept its terms", "RepositoryNotFoundError": "is not on huggingface.co"}
+    kinds = {"GatedRepoError": "is gated: accept", "RepositoryNotFoundError": "is not on huggingface.co"}
     for kind, said in kinds.items():
         error = getattr(huggingface_hub.errors, kind)("no", response=response)
         with pytest.raises(InputError, match=f"^some/encoder {said}"):

@@ -571,7 +571,7 @@ def load_encoder(
 from inspect import signature
 from torch.nn import functional as F
 
-# %% ../../nbs/3_features/02_encoders.ipynb #80e56d1f
+# %% ../../nbs/3_features/02_encoders.ipynb #def8a599
 class TextTower:
     "A text tower; each family adds `ids`, `hidden`, `norm` and `project`"
     pooling = None       # "first" or "last", the state that is the text's embedding
@@ -582,6 +582,8 @@ class TextTower:
         tokenize,        # the model's own tokenizer
         about:dict=None  # what the contract says of the model
     ):
+        if tokenize is None:
+            raise InputError("no tokenizer came with this model: add its tokenizer files to the folder")
         self.model, self.tokenize, self.about = model.eval().requires_grad_(False), tokenize, about or {}
     def __repr__(self): return f"{type(self).__name__}(pooling={self.pooling}, most={self.most})"
 
@@ -657,7 +659,14 @@ def entering(
     finally: handle.remove()
     return seen[-1]
 
-# %% ../../nbs/3_features/02_encoders.ipynb #a3fe580d
+# %% ../../nbs/3_features/02_encoders.ipynb #122bc618
+def _positions_of(model, config):
+    "How many tokens a model has positions for; RoBERTa's start behind that of the padding"
+    n = getattr(config, "max_position_embeddings", None) or -1
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == n]
+    usable = [n - m.padding_idx - 1 for m in tables if m.padding_idx is not None]
+    return max(usable, default=n if n > 0 else 2**30)
+
 class TransformersText(TextTower):
     "An encoder, or the blocks of a causal language model, of transformers"
     def __init__(self, model, tokenize, about=None,
@@ -674,7 +683,7 @@ class TransformersText(TextTower):
                              "encoder or a language model")
         self.projection, self.pooling, self.fixed = projection, pooling, fixed
         self.projects, c = projection is not None, model.config.get_text_config()
-        self.most = min(getattr(c, "max_position_embeddings", 2**30), tokenize.model_max_length)
+        self.most = min(_positions_of(self.blocks, c), tokenize.model_max_length)
         wanted = (getattr(c, "pad_token_id", None), tokenize.pad_token_id, tokenize.eos_token_id, 0)
         if fixed: wanted = wanted[1:]   # what is seen is what the tokenizer fills in
         self.pad = next(p for p in wanted if p is not None and 0 <= p < c.vocab_size)
@@ -810,7 +819,7 @@ def from_hub(
             if not said or Path(source).is_dir(): raise
             raise InputError(f"{source} {said[0]}") from e
 
-# %% ../../nbs/3_features/02_encoders.ipynb #711ac928
+# %% ../../nbs/3_features/02_encoders.ipynb #efaf6312
 def text_class(
     config,     # of the model, as transformers reads it
     source:str  # for the message
@@ -828,6 +837,7 @@ def text_class(
     raise InputError(f"{source} has no text tower ({config.model_type}): choose a CLIP, a text encoder or a "
                      "language model")
 
+# %% ../../nbs/3_features/02_encoders.ipynb #885d9040
 def _text_config(source):
     "The configuration of a model that transformers knows without code of its own"
     from transformers import AutoConfig, CONFIG_MAPPING, PretrainedConfig
@@ -850,7 +860,7 @@ def _text_model(source, cls, whole):
     options = dict(add_pooling_layer=False) if switch else {} # a pooler that is not used may be lacking
     return cls.from_pretrained(source, config=config, dtype="auto", output_loading_info=True, **options)
 
-# %% ../../nbs/3_features/02_encoders.ipynb #48a343fa
+# %% ../../nbs/3_features/02_encoders.ipynb #19d7ad8e
 def _text_tokenizer(source):
     "The tokenizer of a model; raises `InputError` where there is none: transformers would make an empty one"
     from transformers import AutoTokenizer
@@ -878,9 +888,9 @@ def load_text_transformers(
     about = dict(architecture=cls.__name__, revision=getattr(model.config, "_commit_hash", None),
                  versions={k: version(k) for k in ("torch", "transformers")})
     whole = lone == info["missing_keys"]
-    return text_tower_of(model, tokenizer, about, whole)
+    with loading(source): return text_tower_of(model, tokenizer, about, whole)
 
-# %% ../../nbs/3_features/02_encoders.ipynb #3e8cd34d
+# %% ../../nbs/3_features/02_encoders.ipynb #264a78c7
 def text_tower_of(
     model:nn.Module,    # of open_clip or of transformers
     tokenize,           # its tokenizer
@@ -897,6 +907,7 @@ def text_tower_of(
         return TransformersText(whole, tokenize, about, half, projection, "last")
     if isinstance(model, (hf.SiglipTextModel, hf.Siglip2TextModel)):
         return TransformersText(model, tokenize, about, model, model.head, "last", fixed=True)
+    if hasattr(model, "get_text_features"): model = getattr(model, "text_model", model)
     if getattr(model.config, "is_encoder_decoder", False): model = model.get_encoder()
     return TransformersText(model, tokenize, about)
 
