@@ -254,10 +254,10 @@ class SiglipTower(HFTower):
     def fits(model):
         return has_parts(getattr(model, "vision_model", model), (*SiglipTower.where, "use_head"))
     def __init__(self, model, *args, **kwargs):
-        super().__init__(model, *args, **kwargs)
-        if hasattr(self.vision.embeddings, "resize_positional_embeddings"):
+        if hasattr(getattr(model, "vision_model", model).embeddings, "resize_positional_embeddings"):
             raise InputError(f"{type(model).__name__} is a NaFlex model, of images of any shape: choose a "
                              "SigLIP2 of a fixed resolution, such as google/siglip2-base-patch16-224")
+        super().__init__(model, *args, **kwargs)
         self.pooling = "attention" if self.vision.use_head else None
     def attend(self, x): return self.vision.head(x)                                           # [B, D]
     def text(self, ids): # [B, E]
@@ -635,16 +635,21 @@ def _timm_model(name, tag):
     if not file: return timm.create_model(name, pretrained=bool(tag), num_classes=n)
     state = timm.models.load_state_dict(str(file))
     if not n: state = {k: v for k, v in state.items() if not k.startswith("head.")}
-    positions = state.get("pos_embed")
+    _check_grid(file, name, state.get("pos_embed"))
     overlay = dict(state_dict=state, num_classes=n, custom_load=False)
-    model = timm.create_model(name, pretrained=True, num_classes=n, pretrained_cfg_overlay=overlay)
-    if positions is not None and model.pos_embed is not None:
-        more = positions.shape[1] - model.pos_embed.shape[1] # a CLS token may have one of its own in the file
-        if not 0 <= more <= model.num_prefix_tokens:
-            raise InputError(f"{file} does not fit {name}: its pos_embed is {tuple(positions.shape)}; name "
-                             "the architecture it was trained with")
-    return model
+    return timm.create_model(name, pretrained=True, num_classes=n, pretrained_cfg_overlay=overlay)
 
+def _check_grid(file, name, positions):
+    "Raise `InputError` where a checkpoint has positions for another grid than its architecture"
+    with torch.device("meta"): model = timm.create_model(name)
+    own = getattr(model, "pos_embed", None)
+    if positions is None or own is None: return
+    more = positions.shape[1] - own.shape[1] # a CLS token may have a position of its own in the file
+    if not 0 <= more <= model.num_prefix_tokens:
+        raise InputError(f"{file} does not fit {name}: its pos_embed is {tuple(positions.shape)}; name the "
+                         "architecture it was trained with")
+
+# %% ../../nbs/3_features/02_encoders.ipynb #18c724a3
 def load_timm(
     name:str,              # architecture
     tag:str|Path|None=None,# of published weights, or a checkpoint file
