@@ -1,5 +1,5 @@
 """Each family of encoders against its own library: reduced towers always, the full architectures with `pytest -m slow -n 0`, all with random weights."""
-import http.server, json, logging, threading
+import http.server, json, logging, threading, types
 import huggingface_hub, open_clip, pytest, timm, torch, transformers
 import numpy as np
 from PIL import Image
@@ -557,6 +557,23 @@ def test_two_towers_of_different_preprocessing_in_one_pass(tmp_path, monkeypatch
     for c, e in (("dino", dino), ("siglip", siglip)): assert (ds.rows(c, torch.tensor([i]))[0] - e.tokens(e.preprocess(PHOTO)[None])[0]).abs().max() < TOL
     stated = {k: (dino.contract.get(k), siglip.contract.get(k)) for k in ("mean", "interpolation", "resize_mode", "image_size", "resize_to")}
     assert stated["image_size"] == (32, 224) and stated["resize_to"] == (36, 248) and stated["mean"] == ([.485, .456, .406], [.5]*3)
+
+def test_a_pipeline_loads_the_encoder_that_its_contract_states(tmp_path, monkeypatch):
+    from blip3o_nb.generation.pipeline import Pipeline, check_contract
+    dino = HF["Dinov2WithRegistersModel"](tmp_path, monkeypatch, size=40, stage="normed_plain", layout="patch_only", layers=[-2, -1], reduce="cat")[0]
+    pipe = types.SimpleNamespace(encoders={}, contract={"dino": dino.contract}, device="cpu")
+    pipe.use = lambda **new: pipe.encoders.update(new)
+    again = Pipeline.encoder(pipe, "dino")
+    assert again.contract == dino.contract and again.width == 96 and torch.equal(again.tokens(pixels_of(dino)), dino.tokens(pixels_of(dino)))
+    with pytest.raises(InputError, match="with layers"): check_contract(dino.contract, dino.contract | dict(layers=[-1, -2]), "dino", "this")
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [HF["SiglipVisionModel"], HF["DINOv3ViTModel"], HF["ViTMAEModel"], TIMM["vit_small_patch14_reg4_dinov2"], TIMM["vit_pe_core_base_patch16_224"]], ids=lambda f: f.__name__)
+def test_other_families_compiled(family, tmp_path, monkeypatch):
+    torch.compiler.reset(); counters.clear()
+    enc, says, _ = family(tmp_path, monkeypatch, compile=True)
+    for n in (4, 3): agrees(enc, says, pixels_of(enc, n))
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 def test_same_pixels_only_where_the_crop_is_the_same(tmp_path, monkeypatch):
     from blip3o_nb.features.extract import same_pixels
