@@ -216,8 +216,8 @@ def blip3o_extract(
     encoder:Annotated[str, dict(action="append")]=None, # NAME=MODEL, once for each column; None: the shipped
     clip:str|None=None,      # short for --encoder clip=...; None: tiny-clip where there is no --encoder
     eva:str|None=None,       # short for --encoder eva=...; None: tiny-eva where there is no --encoder
-    stage:str=EncoderOptions.stage, # hidden (before the tower's final norm), normed or projected
-    layout:str=EncoderOptions.layout, # cls_patch, patch_only, or grid_64 and other square grids
+    stage:str=EncoderOptions.stage, # hidden (before the tower's final norm), normed, normed_plain, projected
+    layout:str|None=EncoderOptions.layout, # cls_patch, patch_only, grid_64 or another square grid; None: all
     bs:int=64,               # images a forward pass
     dtype:str="bf16",        # of the shards: bf16, fp16, fp32 or int8
     precision:str="fp32",    # of the towers: fp32, bf16 or fp16
@@ -242,8 +242,9 @@ def blip3o_extract(
                              dtype=precision, compile=compile)
     check_folder(out)
     work = dict(bs=bs, num_workers=num_workers, fast_decode=fast_decode, retry=retry)
-    extract_step(source, out, encoders, f"{stage}, {layout}, {dtype}", dtype=dtype, limit=limit,
-                 shard_size=shard_size, **work)
+    layouts = dict.fromkeys(str(e.contract.get("layout")) for e in encoders.values())
+    extract_step(source, out, encoders, f"{stage}, {' and '.join(layouts)}, {dtype}", dtype=dtype,
+                 limit=limit, shard_size=shard_size, **work)
 
 # %% ../../nbs/8_commands/02_cli.ipynb #b9b68c2d
 def extract_step(source, out:str, encoders:dict, how:str, **options):

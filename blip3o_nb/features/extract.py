@@ -23,12 +23,14 @@ from ..files import InputError
 
 # %% ../../nbs/3_features/06_extract.ipynb #6a8e970d
 _PIXELS = ("library", "image_size", "resize_mode", "interpolation", "mean", "std")
+_MORE = ("resize_to", "processor") # which only some encoders have
 
 def same_pixels(
     a:dict, b:dict # contracts of two encoders
 ) -> bool:
     "Whether both describe their preprocessing, and describe the same"
-    return all(k in a and k in b and a[k] == b[k] for k in _PIXELS)
+    same = all(k in a and k in b and a[k] == b[k] for k in _PIXELS)
+    return same and all(a.get(k) == b.get(k) for k in _MORE)
 
 # %% ../../nbs/3_features/06_extract.ipynb #b767c8c9
 def _hash(keys): return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
