@@ -232,7 +232,6 @@ def row_checksums(x:torch.Tensor) -> str: # 16 hexadecimal digits for each row
 
 class TensorRows:
     "Rows of tensors in several safetensors files, which are mapped when one of their rows is first asked for"
-    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8"}
     most = 128 # files that are mapped at a time
     def __init__(self,
         files:list, # of each file: path, name of its tensors, rows, and what follows the name -> checksums
@@ -249,12 +248,11 @@ class TensorRows:
         if i in self._open: return self._open[i]
         path, name, n, _ = self.files[i]
         try:
-            f = safe_open(path, "pt")
-            views = {k: f.get_slice(name + k) for k in self.kinds}
+            with safe_open(path, "pt") as f: views = {k: f.get_tensor(name + k) for k in self.kinds}
         except (OSError, SafetensorError) as e:
             raise InputError(f"cannot read {path}: {e}; restore it, or make it again elsewhere") from e
         for k, (dtype, shape) in self.kinds.items():
-            if (views[k].get_dtype(), views[k].get_shape()) != (self.names[dtype], [n, *shape]):
+            if (views[k].dtype, views[k].shape) != (dtype, (n, *shape)):
                 raise InputError(f"{path} does not hold what is said of it: restore it, or make it again "
                                  "elsewhere")
         if len(self._open) >= self.most: self._open.pop(next(iter(self._open)), None)

@@ -120,13 +120,13 @@ def read_only(forks, job):
     wrong, took = [], forks.whole(job)[1]
     for n, seconds in enumerate((0, took*.6)):
         out = forks.root/name(job, "read-only", n); out.mkdir()
-        if n: forks.after(forks.start(job, out), seconds)
+        stopped = not n or forks.after(forks.start(job, out), seconds)[1] # or it had ended, with all written
         folders = [out, *(p for p in out.rglob("*") if p.is_dir())]; modes = [p.stat().st_mode for p in folders]
         before = sorted(p.relative_to(out) for p in out.rglob("*"))
         for p in folders: p.chmod(0o555)
         code = forks.end(forks.start(job, out, _no_privilege))
         for p, m in zip(folders, modes): p.chmod(m)
-        wrong += forks.line(out, code, (1,)) + ([] if before == sorted(p.relative_to(out) for p in out.rglob("*")) else ["the folder changed"]) + forks.again(job, out)
+        wrong += (forks.line(out, code, (1,)) if stopped or code else []) + ([] if before == sorted(p.relative_to(out) for p in out.rglob("*")) else ["the folder changed"]) + forks.again(job, out)
     return dict(provoked=2, wrong=wrong)
 
 def doubled(forks, job, times):
