@@ -12,6 +12,7 @@ __all__ = ['TASKS', 'SHIPPED', 'HELD_OUT', 'Task', 'check_column', 'get_task', '
 
 # %% ../nbs/01_core.ipynb #01fbdc5a
 import hashlib, json, os, random, re, sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, asdict, fields
 from math import isqrt
@@ -255,7 +256,7 @@ class TensorRows:
             if (views[k].dtype, views[k].shape) != (dtype, (n, *shape)):
                 raise InputError(f"{path} does not hold what is said of it: restore it, or make it again "
                                  "elsewhere")
-        if len(self._open) >= self.most: self._open.pop(next(iter(self._open)), None)
+        if len(self._open) >= self.most: self._open.pop(list(self._open)[0], None)
         self._open[i] = views
         return views
 
@@ -266,15 +267,24 @@ class TensorRows:
         "These rows, each compared with its checksum; raises `InputError` for one that was damaged"
         out = {k: torch.empty(len(rows), *shape, dtype=d) for k, (d, shape) in self.kinds.items()}
         raw = {k: x.flatten(1).view(torch.uint8).numpy() for k, x in out.items()}
-        for b, i in enumerate(np.searchsorted(self.starts, rows, "right") - 1):
-            j = int(rows[b] - self.starts[i])
-            for k, view in self.views(int(i)).items():
-                raw[k][b] = view[j].flatten().view(torch.uint8).numpy() # torch would start threads for a row
-                if k in self.sums[i] and self.sums[i][k][j] != xxhash.xxh3_64_intdigest(raw[k][b]):
-                    path, name, *_ = self.files[i]
-                    raise InputError(f"{path} does not match its checksums: the {name}{k} of '{called(b)}' "
-                                     "were damaged after writing; restore it, or make it again elsewhere")
+        def fill(places):
+            for b in places: self._copy(rows[b], {k: x[b] for k, x in raw.items()}, lambda: called(b))
+        n = torch.get_num_threads() if sum(x.nbytes for x in raw.values()) > 2**22 else 1
+        if n == 1: fill(range(len(rows)))
+        else:
+            with ThreadPoolExecutor(n) as pool: list(pool.map(fill, np.array_split(range(len(rows)), n)))
         return out
+
+    def _copy(self, row, into, called):
+        "Copy a row's bytes; numpy does it, because torch would start threads for each"
+        i = int(np.searchsorted(self.starts, row, "right")) - 1
+        j = int(row - self.starts[i])
+        for k, view in self.views(i).items():
+            into[k][:] = view[j].flatten().view(torch.uint8).numpy()
+            if k in self.sums[i] and self.sums[i][k][j] != xxhash.xxh3_64_intdigest(into[k]):
+                path, name, *_ = self.files[i]
+                raise InputError(f"{path} does not match its checksums: the {name}{k} of '{called()}' were "
+                                 "damaged after writing; restore it, or make it again elsewhere")
 
 # %% ../nbs/01_core.ipynb #51515727
 def ranks() -> tuple: # (rank, number of processes)
