@@ -6,12 +6,12 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['TASKS', 'SHIPPED', 'HELD_OUT', 'Task', 'check_column', 'get_task', 'Layout', 'layout_of', 'to_layout', 'pool_grid',
-           'expand_t', 'key_fraction', 'is_held_out', 'leak_check', 'seed_everything', 'named_generator', 'tensor_seal',
-           'save_tensors', 'load_tensors', 'row_checksums', 'TensorRows', 'ranks', 'reading_ahead', 'toy_features',
-           'Config']
+           'expand_t', 'key_fraction', 'is_held_out', 'leak_check', 'seed_everything', 'named_generator',
+           'without_interrupts', 'tensor_seal', 'save_tensors', 'load_tensors', 'row_checksums', 'TensorRows', 'ranks',
+           'reading_ahead', 'toy_features', 'Config']
 
 # %% ../nbs/01_core.ipynb #01fbdc5a
-import hashlib, json, os, random, re, sys
+import hashlib, json, os, random, re, signal, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, asdict, fields
@@ -180,6 +180,19 @@ def named_generator(
     seed = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(seed) >> 1)
 
+# %% ../nbs/01_core.ipynb #262e9378
+@contextmanager
+def without_interrupts():
+    "Ctrl-C waits for the end of this block"
+    if threading.current_thread() is not threading.main_thread(): # no other one gets it
+        yield
+        return
+    came, before = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *about: came.append(about))
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
+    if came and callable(before): before(*came[0])
+
 # %% ../nbs/01_core.ipynb #611df1c9
 def tensor_seal(tensors:dict, metadata:dict) -> str:
     "Checksum of named tensors and of what is said about them"
@@ -215,8 +228,9 @@ def save_tensors(path:str|Path, tensors:dict, metadata:dict|None=None) -> None: 
 def load_tensors(path:str|Path) -> tuple: # (name -> tensor, metadata)
     "Read a safetensors file; raises `InputError` that names the file, also where its seal does not fit"
     try:
-        with safe_open(path, "pt") as f: metadata = f.metadata() or {}
-        tensors = load_file(path)
+        with without_interrupts():
+            with safe_open(path, "pt") as f: metadata = f.metadata() or {}
+            tensors = load_file(path)
     except FileNotFoundError as e:
         raise InputError(f"no file {path}: check the path, or make it first") from e
     except (OSError, SafetensorError) as e:
@@ -249,7 +263,8 @@ class TensorRows:
         if i in self._open: return self._open[i]
         path, name, n, _ = self.files[i]
         try:
-            with safe_open(path, "pt") as f: views = {k: f.get_tensor(name + k) for k in self.kinds}
+            with without_interrupts(), safe_open(path, "pt") as f:
+                views = {k: f.get_tensor(name + k) for k in self.kinds}
         except (OSError, SafetensorError) as e:
             raise InputError(f"cannot read {path}: {e}; restore it, or make it again elsewhere") from e
         for k, (dtype, shape) in self.kinds.items():
