@@ -31,6 +31,7 @@ def small(tmp_path_factory):
 
 PROGRAM = """
 import json, resource, sys
+from blip3o_nb import evaluate
 flow, features, out, n = sys.argv[1:]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e3 # MB
 if int(n): evaluate(flow, features, num_samples=200, samples=1, progress=False) # what a small one needs, libraries included
