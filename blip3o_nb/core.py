@@ -6,12 +6,13 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['TASKS', 'SHIPPED', 'HELD_OUT', 'Task', 'check_column', 'get_task', 'Layout', 'layout_of', 'to_layout', 'pool_grid',
-           'expand_t', 'key_fraction', 'is_held_out', 'leak_check', 'seed_everything', 'named_generator', 'tensor_seal',
-           'save_tensors', 'load_tensors', 'row_checksums', 'TensorRows', 'ranks', 'reading_ahead', 'toy_features',
-           'Config']
+           'expand_t', 'key_fraction', 'is_held_out', 'leak_check', 'seed_everything', 'named_generator',
+           'without_interrupts', 'tensor_seal', 'save_tensors', 'load_tensors', 'row_checksums', 'TensorRows', 'ranks',
+           'reading_ahead', 'toy_features', 'Config']
 
 # %% ../nbs/01_core.ipynb #01fbdc5a
-import hashlib, json, os, random, re, sys
+import hashlib, json, os, random, re, signal, sys, threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, asdict, fields
 from math import isqrt
@@ -179,6 +180,19 @@ def named_generator(
     seed = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(seed) >> 1)
 
+# %% ../nbs/01_core.ipynb #262e9378
+@contextmanager
+def without_interrupts():
+    "Ctrl-C waits for the end of this block"
+    if threading.current_thread() is not threading.main_thread(): # no other one gets it
+        yield
+        return
+    came, before = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *about: came.append(about))
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
+    if came and callable(before): before(*came[0])
+
 # %% ../nbs/01_core.ipynb #611df1c9
 def tensor_seal(tensors:dict, metadata:dict) -> str:
     "Checksum of named tensors and of what is said about them"
@@ -214,8 +228,9 @@ def save_tensors(path:str|Path, tensors:dict, metadata:dict|None=None) -> None: 
 def load_tensors(path:str|Path) -> tuple: # (name -> tensor, metadata)
     "Read a safetensors file; raises `InputError` that names the file, also where its seal does not fit"
     try:
-        with safe_open(path, "pt") as f: metadata = f.metadata() or {}
-        tensors = load_file(path)
+        with without_interrupts():
+            with safe_open(path, "pt") as f: metadata = f.metadata() or {}
+            tensors = load_file(path)
     except FileNotFoundError as e:
         raise InputError(f"no file {path}: check the path, or make it first") from e
     except (OSError, SafetensorError) as e:
@@ -248,14 +263,15 @@ class TensorRows:
         if i in self._open: return self._open[i]
         path, name, n, _ = self.files[i]
         try:
-            with safe_open(path, "pt") as f: views = {k: f.get_tensor(name + k) for k in self.kinds}
+            with without_interrupts(), safe_open(path, "pt") as f:
+                views = {k: f.get_tensor(name + k) for k in self.kinds}
         except (OSError, SafetensorError) as e:
             raise InputError(f"cannot read {path}: {e}; restore it, or make it again elsewhere") from e
         for k, (dtype, shape) in self.kinds.items():
             if (views[k].dtype, views[k].shape) != (dtype, (n, *shape)):
                 raise InputError(f"{path} does not hold what is said of it: restore it, or make it again "
                                  "elsewhere")
-        if len(self._open) >= self.most: self._open.pop(next(iter(self._open)), None)
+        if len(self._open) >= self.most: self._open.pop(list(self._open)[0], None)
         self._open[i] = views
         return views
 
@@ -266,15 +282,24 @@ class TensorRows:
         "These rows, each compared with its checksum; raises `InputError` for one that was damaged"
         out = {k: torch.empty(len(rows), *shape, dtype=d) for k, (d, shape) in self.kinds.items()}
         raw = {k: x.flatten(1).view(torch.uint8).numpy() for k, x in out.items()}
-        for b, i in enumerate(np.searchsorted(self.starts, rows, "right") - 1):
-            j = int(rows[b] - self.starts[i])
-            for k, view in self.views(int(i)).items():
-                raw[k][b] = view[j].flatten().view(torch.uint8).numpy() # torch would start threads for a row
-                if k in self.sums[i] and self.sums[i][k][j] != xxhash.xxh3_64_intdigest(raw[k][b]):
-                    path, name, *_ = self.files[i]
-                    raise InputError(f"{path} does not match its checksums: the {name}{k} of '{called(b)}' "
-                                     "were damaged after writing; restore it, or make it again elsewhere")
+        def fill(places):
+            for b in places: self._copy(rows[b], {k: x[b] for k, x in raw.items()}, lambda: called(b))
+        n = torch.get_num_threads() if sum(x.nbytes for x in raw.values()) > 2**22 else 1
+        if n == 1: fill(range(len(rows)))
+        else:
+            with ThreadPoolExecutor(n) as pool: list(pool.map(fill, np.array_split(range(len(rows)), n)))
         return out
+
+    def _copy(self, row, into, called):
+        "Copy a row's bytes; numpy does it, because torch would start threads for each"
+        i = int(np.searchsorted(self.starts, row, "right")) - 1
+        j = int(row - self.starts[i])
+        for k, view in self.views(i).items():
+            into[k][:] = view[j].flatten().view(torch.uint8).numpy()
+            if k in self.sums[i] and self.sums[i][k][j] != xxhash.xxh3_64_intdigest(into[k]):
+                path, name, *_ = self.files[i]
+                raise InputError(f"{path} does not match its checksums: the {name}{k} of '{called()}' were "
+                                 "damaged after writing; restore it, or make it again elsewhere")
 
 # %% ../nbs/01_core.ipynb #51515727
 def ranks() -> tuple: # (rank, number of processes)

@@ -3,9 +3,10 @@ import json, signal, subprocess, sys, time
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from blip3o_nb.files import InputError, read_json, write_json
-from blip3o_nb.core import seed_everything, toy_features
+from blip3o_nb.core import layout_of, seed_everything, toy_features
 from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
 from blip3o_nb.judging.evaluate import evaluate
+from blip3o_nb.judging.report import patch_grid
 from blip3o_nb.generation.pipeline import save_checkpoint
 from blip3o_nb.training.learner import flow_learner
 from blip3o_nb.features.loading import feature_dls
@@ -17,10 +18,12 @@ def shards(folder, n, **kw):
         w.add_batch(toy["keys"], {"clip": toy["clip"], "eva": toy["eva"]}, toy["captions"], [""]*n)
     return folder
 
-def checkpoint(features, folder, share=.15):
+def checkpoint(features, folder, share=.15, layout=None, tokens=17):
     seed_everything(0)
-    model = BLIP3oDiT(BLIP3oDiTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_tokens=17, clip_embedding_size=32, eva_embedding_size=48))
-    learn = flow_learner(feature_dls(features, bs=64, share=share, max_samples=256, max_held_out=64), model, lr=3e-3, progress=False)
+    config = BLIP3oDiTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                             num_tokens=tokens, clip_embedding_size=32, eva_embedding_size=48)
+    dls = feature_dls(features, bs=64, share=share, max_samples=256, max_held_out=64, layout=layout)
+    learn = flow_learner(dls, BLIP3oDiT(config), lr=3e-3, progress=False)
     learn.fit(1)
     return save_checkpoint(learn, folder)
 
@@ -31,6 +34,7 @@ def small(tmp_path_factory):
 
 PROGRAM = """
 import json, resource, sys
+from blip3o_nb import evaluate
 flow, features, out, n = sys.argv[1:]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e3 # MB
 if int(n): evaluate(flow, features, num_samples=200, samples=1, progress=False) # what a small one needs, libraries included
@@ -102,6 +106,17 @@ def test_other_features_and_folders(small, tmp_path):
     for features_, message in ((tmp_path/"other", "model 'toy-eva', .* has 'another'"), (tmp_path/"empty", "is no set of features")):
         with pytest.raises(InputError, match=message): evaluate(flow, features_, progress=False)
     with pytest.raises(InputError, match="no checkpoint in"): evaluate(tmp_path/"empty", features, progress=False)
+
+def test_a_training_on_fewer_tokens_than_are_stored(tmp_path):
+    "Its report is of the tokens that it generates: patches at their places, and no CLS among them"
+    toy = toy_features(300)
+    contract = {c: {"model": f"toy-{c}", "layout": "cls_patch", "prefix": 1} for c in ("clip", "eva")}
+    with ShardWriter(tmp_path/"features", contract) as w:
+        w.add_batch(toy["keys"], {"clip": toy["clip"], "eva": toy["eva"]}, toy["captions"], [""]*300)
+    flow = checkpoint(tmp_path/"features", tmp_path/"flow", layout="patch_only", tokens=16)
+    report = evaluate(flow, tmp_path/"features", samples=1, progress=False)
+    assert report.layout == layout_of(16, 0)
+    assert patch_grid(report, report.main.patches).shape[-2:] == (4, 4)
 
 def test_features_whose_encoder_is_not_known(tmp_path):
     "Without a model in the contract there are no captions, and the report says so"

@@ -319,7 +319,8 @@ def extract(
             raise InputError(f"no image in {source.path} can be read ({len(why)} skipped{first}): check the "
                              "files")
         if why and len(w.done) > before and not ranks()[0]:
-            print(f"{w.folder.name}: {len(why)} images skipped, listed in skipped.json")
+            images = "1 image" if len(why) == 1 else f"{len(why)} images"
+            print(f"{w.folder.name}: {images} skipped, listed in skipped.json")
     return FeatureDataset(folder, columns=encoders)
 
 # %% ../../nbs/3_features/06_extract.ipynb #2eef1e5d

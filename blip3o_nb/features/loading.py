@@ -149,6 +149,7 @@ class Normalizer(torch.nn.Module):
 class Columns:
     "What follows for a dataset from `keys`, `captions`, `columns`, `shape` and `stored`"
     def __len__(self): return len(self.keys)
+    layout = FeatureDataset.layout
     def lengths(self, name:str, idxs): return None
     def rows(self, name:str, idxs) -> torch.Tensor: # `[B, N, D]` float32
         "Tokens of some samples"

@@ -293,8 +293,8 @@ class FeatureDataset:
         raise InputError(f"{self.folder} holds no sample of {name}: extract images into it")
     def layout(self, name:str) -> Layout:
         "What the N tokens of a column are"
-        n, prefix = self.shape(name)[0], self.contract[name].get("prefix")
-        sequence = self.contract[name].get("layout") == "sequence"
+        n, about = self.shape(name)[0], self.contract.get(name, {})
+        prefix, sequence = about.get("prefix"), about.get("layout") == "sequence"
         return Layout(prefix or 0, 0, n - (prefix or 0)) if sequence else layout_of(n, prefix)
     def files(self) -> dict: # path -> SHA-256 as it was written
         "The shards of these columns"

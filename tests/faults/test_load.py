@@ -231,7 +231,9 @@ def census():
 
 class Gauge:
     "What this process holds, after a quarter of the work and at its end"
-    def __init__(self): self.MB, self.files, self.threads, self.objects = [], [], [], []
+    def __init__(self):
+        self.MB, self.files, self.threads, self.objects = [], [], [], []
+        census() # the first one leaves some dozens of weak references behind, in the caches of abstract classes
     def look(self): self.objects.append(census()); self.MB.append(rss()); self.files.append(handles()); self.threads.append(threading.active_count())
     def grown(self):
         more = self.objects[-1] - self.objects[0]
