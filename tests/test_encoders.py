@@ -8,7 +8,8 @@ from torch._dynamo.utils import counters
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from blip3o_nb.core import layout_of
 from blip3o_nb.files import InputError
-from blip3o_nb.features.encoders import Encoder, load_encoder, tower_of
+from blip3o_nb.features.encoders import load_encoder
+from blip3o_nb.features.towers import Encoder, tower_of
 
 TEXTS = ["a red apple", "frog"]
 TOL = 1e-4
@@ -206,7 +207,7 @@ def test_half_precision_keeps_the_direction(family, dtype, tmp_path):
     with torch.no_grad(): hidden, image, text = says(x)
     for ours, theirs in ((half.tokens(x), hidden), (half.pool(half.tokens(x)), image), (half.encode_text(TEXTS), text)):
         assert str(ours.dtype) == f"torch.{half.contract['dtype']}"
-        assert torch.nn.functional.cosine_similarity(ours.float(), theirs, dim=-1).min() > .99
+        assert torch.nn.functional.cosine_similarity(ours.float(), theirs, dim=-1).min() > .999
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
@@ -366,7 +367,7 @@ def an_hf(cls, config, processor, text=False):
         processor().save_pretrained(d)
         p = transformers.AutoImageProcessor.from_pretrained(d)
         vision = getattr(m, "vision_model", m)
-        more = dict(interpolate_pos_encoding=True) if cls.startswith(("Siglip", "ViTMAE")) else {}
+        more = dict(interpolate_pos_encoding=True) if cls.startswith(("CLIP", "Siglip", "ViTMAE")) else {}
         if cls.startswith("ViTMAE"): m.config.mask_ratio = 0.
         def says(x):
             if cls.startswith("ViTMAE"): more["noise"] = torch.arange((x.shape[-1]//8)**2).expand(len(x), -1)
@@ -377,7 +378,8 @@ def an_hf(cls, config, processor, text=False):
             ids = text and transformers.AutoTokenizer.from_pretrained(d)(TEXTS, return_tensors="pt", truncation=True,
                 padding="max_length" if cls == "SiglipModel" else True, max_length=24)
             ids = dict(input_ids=ids["input_ids"]) if cls == "SiglipModel" else ids
-            return out.hidden_states[-1], out.last_hidden_state, pooled, m.get_text_features(**ids).pooler_output if text else None
+            normed = out.last_hidden_state if not cls.startswith("CLIP") else vision.post_layernorm(out.last_hidden_state)
+            return out.hidden_states[-1], normed, pooled, m.get_text_features(**ids).pooler_output if text else None
         def pixels(image):
             if not size: return p(images=image, return_tensors="pt")["pixel_values"][0]
             crop = dict(crop_size={"height": size, "width": size}) if getattr(p, "do_center_crop", False) else {}
@@ -396,6 +398,7 @@ HF = {"Dinov2Model": an_hf("Dinov2Model", lambda d: T.Dinov2Config(**PART, image
     "SiglipVisionModel": an_hf("SiglipVisionModel", lambda d: T.SiglipVisionConfig(**PART, **SQUARE), lambda: T.SiglipImageProcessor(size=side)),
     "SiglipModel": an_hf("SiglipModel", lambda d: T.SiglipConfig(vision_config=PART | SQUARE, text_config=PART | save_tokenizer(d)), lambda: T.SiglipImageProcessor(size=side), True),
     "ViTMAEModel": an_hf("ViTMAEModel", lambda d: T.ViTMAEConfig(**PART, **SQUARE), lambda: T.ViTImageProcessor(size=side)),
+    "CLIPVisionModel": an_hf("CLIPVisionModel", lambda d: T.CLIPVisionConfig(**PART, **SQUARE), lambda: T.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)),
     "Aimv2VisionModel": an_hf("Aimv2VisionModel", lambda d: T.Aimv2VisionConfig(**PART, **SQUARE, use_head=False, is_native=True), lambda: T.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)),
     "Aimv2Model": an_hf("Aimv2Model", lambda d: T.Aimv2Config(projection_dim=16, vision_config=PART | SQUARE | dict(use_head=True), text_config=PART | save_tokenizer(d)), lambda: T.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32), True)}
 
@@ -445,7 +448,7 @@ def test_other_families_in_half_precision(other, tmp_path, monkeypatch):
     with torch.no_grad(): hidden, _, image, _ = says(x)
     pairs = [(half.tokens(x), hidden)] + ([(half.pool(half.tokens(x)), image)] if image is not None else [])
     for ours, theirs in pairs:
-        assert torch.nn.functional.cosine_similarity(ours.float(), theirs, dim=-1).mean() > .999
+        assert torch.nn.functional.cosine_similarity(ours.float(), theirs, dim=-1).min() > .999
 
 def test_other_families_at_another_size(other, tmp_path, monkeypatch):
     "Positions are interpolated as the library does it; where it does not, that is said"
@@ -531,7 +534,7 @@ def test_models_without_tokens_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize("name", ["facebook/dinov3-vits16-pretrain-lvd1689m", "timm:vit_small_patch16_dinov3.lvd1689m"])
 def test_no_network_is_one_line(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="cannot be loaded: ") as e: load_encoder(name)
+    with pytest.raises(InputError, match=f"^{name} is not in the cache, and ") as e: load_encoder(name)
     assert "\n" not in str(e.value)
 
 @pytest.mark.fault("tokenizer that has to be fetched, and no network", "encoders", "tokens are taken without it; text is refused in one line")
@@ -544,7 +547,7 @@ def test_a_tokenizer_of_the_hub_is_fetched_when_text_comes(tmp_path, monkeypatch
     open_clip.add_model_config(tmp_path)
     enc = load_encoder("ViT-test-8-hub", device="cpu")
     assert enc.tokens(pixels_of(enc)).shape == (2, 17, 48)
-    with pytest.raises(InputError, match="the tokenizer of ViT-test-8-hub cannot be loaded: "): enc.encode_text(TEXTS)
+    with pytest.raises(InputError, match="the tokenizer of ViT-test-8-hub is not in the cache"): enc.encode_text(TEXTS)
 
 def test_two_towers_of_different_preprocessing_in_one_pass(tmp_path, monkeypatch):
     from blip3o_nb.features.extract import extract

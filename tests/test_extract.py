@@ -130,7 +130,7 @@ def test_killed_at_any_moment_and_resumed_the_set_is_the_same(report, record_pro
     assert all(kills[m]["killed"] for m in lasting), kills
     assert len({v["left"] for v in kills.values() if v["killed"]}) > 2 # they died at different places
 
-@pytest.mark.slow # 3_features/06_extract adds columns in one process
+@pytest.mark.slow # 3_features/08_extract adds columns in one process
 def test_a_column_is_added_and_the_others_stay(report):
     killed = [v["killed"] for k, v in report.items() if k.startswith("a column is added, killed at")]
     assert any(killed) and report["the first column"]["same"] and report["two columns at once"]["same"], report

@@ -6,7 +6,8 @@ import huggingface_hub, open_clip, pytest, torch, transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from blip3o_nb.files import InputError
-from blip3o_nb.features.encoders import TextEncoder, from_hub, load_encoder, load_text_encoder, text_tower_of
+from blip3o_nb.features.encoders import load_encoder, loading
+from blip3o_nb.features.texts import TextEncoder, load_text_encoder, text_tower_of
 
 TEXTS = ["red apple", "a green leaf on the old grass in the sky", "cat"]
 TOL = 1e-4
@@ -211,7 +212,7 @@ def test_pooling_is_the_library_s_at_each_stage(family, tmp_path):
     pooled = torch.cat([t[2] for t in theirs_of(says)])
     for stage in ("hidden", "normed", "projected"):
         if stage == "projected" and family is an_hf_clip_text:
-            with pytest.raises(InputError, match="no projection"): load_text_encoder(name, stage)
+            with pytest.raises(InputError, match="no projected tokens"): load_text_encoder(name, stage)
             continue
         enc = load_text_encoder(name, stage, device="cpu")
         assert close(enc.encode_text(TEXTS), pooled) < TOL and enc.embed_dim == pooled.shape[1]
@@ -249,10 +250,34 @@ def test_further_kinds(kind, tmp_path):
     for i, text in enumerate(TEXTS):
         theirs = getattr(m, "text_model", m)(**alone(name, text)).last_hidden_state[0]
         assert close(x[i, :lengths[i]], theirs) < TOL and theirs.std() > .05
-    assert (enc.tower.final is None) == (kind in INSIDE)
+    assert (enc.tower.last_norm is None) == (kind in INSIDE)
     words = " ".join(["cat"]*80) # as many tokens as the model has positions
     full = load_text_encoder(name, max_length=enc.tower.most, device="cpu")
     assert full.tokens([words])[1] == enc.tower.most
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral", "opt"])
+@torch.no_grad()
+def test_blocks_and_plain_norms_of_language_models(kind, tmp_path):
+    "Their own hidden states, and these normalised without a gain; that of Gemma is 1 + weight"
+    name, m = saved(tmp_path, FURTHER[kind]())
+    theirs = m(**alone(name, TEXTS[1]), output_hidden_states=True).hidden_states
+    n = theirs[0].shape[1]
+    both = load_text_encoder(name, layers=[-1, -2], reduce="cat", device="cpu")
+    x = both.tokens(TEXTS)[0][1, :n]
+    assert both.width == 96 and close(x[:, 48:], theirs[1][0]) < TOL
+    plain = load_text_encoder(name, "normed_plain", layers=[-2], device="cpu").tokens(TEXTS)[0][1, :n]
+    h = theirs[1][0] - (theirs[1][0].mean(-1, keepdim=True) if kind == "opt" else 0)
+    assert close(plain, h/h.square().mean(-1, keepdim=True).sqrt()) < 1e-3
+    with pytest.raises(InputError, match="not pooled|no text embedding"): both.encode_text(TEXTS)
+    with pytest.raises(InputError, match="from -2 to -1"): load_text_encoder(name, layers=[-3], device="cpu")
+    if kind != "opt": # the last state that the library lists is normed
+        normed = load_text_encoder(name, "normed", layers=[-1, -2], device="cpu").tokens(TEXTS)[0][1, :n]
+        assert close(normed, (theirs[2][0] + m.norm(theirs[1][0]))/2) < TOL
+
+def test_models_whose_blocks_end_in_a_norm_have_no_plain_tokens(tmp_path):
+    name, m = a_bert(tmp_path)
+    assert "has no normed_plain tokens: choose one of hidden, normed" in refused(name, stage="normed_plain")
+
 
 def test_a_language_model_behind_open_clip_is_refused(tmp_path):
     "Which open_clip pools with layers of its own; so is a tower without a tokenizer"
@@ -347,7 +372,7 @@ def refused(name, **kw):
 
 def test_unknown_names_stages_and_texts(tmp_path):
     assert "nearest known: ViT-B-32" in refused("ViT-B-33")
-    assert "unknown stage 'last': choose hidden, normed, projected" in refused("tiny-clip", stage="last")
+    assert "unknown stage 'last': choose one of hidden, normed" in refused("tiny-clip", stage="last")
     assert "unknown dtype 'fp8'" in refused("tiny-clip", dtype="fp8")
     enc = load_text_encoder("tiny-clip", device="cpu")
     for texts in ([], "a cat", [1]):
@@ -396,7 +421,7 @@ def test_hub_out_of_reach(monkeypatch, tmp_path):
     for kind, said in kinds.items():
         error = getattr(huggingface_hub.errors, kind)("no", response=response)
         with pytest.raises(InputError, match=f"^some/encoder {said}"):
-            with from_hub("some/encoder"):
+            with loading("some/encoder"):
                 try: raise error
                 except huggingface_hub.errors.HfHubHTTPError as e: raise OSError("several\nlines") from e
 
