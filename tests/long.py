@@ -26,6 +26,7 @@ LONG = {
     "nbs/tutorials/overfit_test.ipynb": 32,
     "nbs/tutorials/seed_commands.ipynb": 25,
     "nbs/tutorials/real_encoders.ipynb": 8,
+    "nbs/tutorials/which_pair.ipynb": 65,
     "nbs/tutorials/write_your_own.ipynb": 14,
     "nbs/tutorials/your_images.ipynb": 9,
 }
