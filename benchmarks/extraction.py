@@ -18,11 +18,14 @@ from blip3o_nb.training.optimisation import fast_dtype
 from blip3o_nb.features.shards import FeatureDataset
 from machine import DEVICE, median, now
 
-TOWERS = { # vision towers of CLIP as published, and two small ones, the first of the shipped CLIP's size
+TOWERS = { # vision towers of CLIP and DINOv2 as published, and two small ones, the first of the shipped CLIP's size
     "6 x 192, patch 12, 96 px": dict(hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, patch_size=12, image_size=96),
     "8 x 384, patch 32, 224 px": dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6, patch_size=32),
     "ViT-B/32, 224 px": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=32),
+    "DINOv2-S/14 with registers, 224 px": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, patch_size=14, num_register_tokens=4),
     "ViT-L/14, 224 px": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)}
+
+def is_dino(vision): return "num_register_tokens" in vision
 
 transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
 
@@ -36,28 +39,41 @@ def make_pictures(folder, n, size):
         Image.fromarray(sum(a*np.asarray(im, dtype=np.float32) for a, im in layers).astype(np.uint8)).save(folder/f"{i:04d}.jpg", quality=90)
 
 def make_tower(folder, vision):
-    "A CLIP of that vision tower with random weights, as a folder of the hub's form"
-    text = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=99, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    "A CLIP or a DINOv2 of that vision tower with random weights, as a folder of the hub's form"
     torch.manual_seed(0)
-    transformers.CLIPModel(transformers.CLIPConfig(projection_dim=64, vision_config=dict(dict(image_size=224), **vision), text_config=text)).save_pretrained(folder)
     side = vision.get("image_size", 224)
+    if is_dino(vision):
+        config = transformers.Dinov2WithRegistersConfig(image_size=518, **vision) # as published: at 224 interpolated
+        transformers.Dinov2WithRegistersModel(config).save_pretrained(folder)
+        sizes = dict(size={"shortest_edge": 256}, crop_size=side)
+        return transformers.BitImageProcessor(resample=Image.Resampling.BICUBIC, **sizes).save_pretrained(folder)
+    text = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=99,
+                bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = transformers.CLIPConfig(projection_dim=64, vision_config=dict(dict(image_size=224), **vision),
+                                     text_config=text)
+    transformers.CLIPModel(config).save_pretrained(folder)
     transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(folder)
+
+def library(folder):
+    "The library's own vision tower"
+    model = transformers.AutoModel.from_pretrained(folder).eval().to(DEVICE)
+    return getattr(model, "vision_model", model)
 
 def plain_loop(folder, pictures):
     "One picture at a time through the library's own classes, each of the two towers: seconds, those of opening and preprocessing, and the tokens"
-    model = transformers.CLIPModel.from_pretrained(folder).eval().to(DEVICE)
-    processor, kept, opening = transformers.CLIPImageProcessor.from_pretrained(folder), {}, 0.
+    model, kept, opening = library(folder), {}, 0.
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
     begun = now()
     for p in pictures:
         at = now()
         px = processor(images=Image.open(p).convert("RGB"), return_tensors="pt")["pixel_values"].to(DEVICE)
         opening += now() - at
-        with torch.no_grad(): kept[p.stem] = [model.vision_model(pixel_values=px).last_hidden_state[0].float().cpu() for _ in range(2)]
+        with torch.no_grad(): kept[p.stem] = [model(pixel_values=px).last_hidden_state[0].float().cpu() for _ in range(2)]
     return now() - begun, opening, kept
 
 def forward_pass(folder, side, bs):
     "Seconds for a picture of the library's own tower, a batch on each core at once"
-    model, px, threads = transformers.CLIPModel.from_pretrained(folder).eval().to(DEVICE).vision_model, torch.randn(bs, 3, side, side, device=DEVICE), torch.get_num_threads()
+    model, px, threads = library(folder), torch.randn(bs, 3, side, side, device=DEVICE), torch.get_num_threads()
     @torch.no_grad()
     def one(_): model(pixel_values=px)
     torch.set_num_threads(1)
@@ -67,7 +83,9 @@ def forward_pass(folder, side, bs):
     return took/(threads*bs)
 
 def ours(folder, pictures, n, out, fast_decode, begin=lambda: None):
-    enc = load_encoder(str(folder), device=DEVICE, dtype=fast_dtype(DEVICE))
+    "By this library; last_hidden_state of a CLIP is not normed, that of a DINOv2 is"
+    stage = "normed" if (folder/"preprocessor_config.json").read_text().count("BitImage") else "hidden"
+    enc = load_encoder(str(folder), stage, device=DEVICE, dtype=fast_dtype(DEVICE))
     begin(); begun = now()
     extract(pictures, out, {"clip": enc, "eva": enc}, bs=16, limit=n, progress=False, fast_decode=fast_decode, shard_size=-(-n//2))
     return now() - begun
@@ -91,10 +109,10 @@ def main(quick=False, pictures=96, rounds=3):
             if quick and large: continue
             photos = root/of; photos.mkdir(); make_pictures(photos, 4 if quick else pictures//(2 if large else 1), size)
             for name, vision in TOWERS.items():
-                if "L/14" in name and large or quick and "6 x 192" not in name: continue
+                if ("L/14" in name or is_dino(vision)) and large or quick and "6 x 192" not in name: continue
                 here, row = root/"tower", f"{of}, {name}"
                 make_tower(here, vision)
-                files = sorted(photos.iterdir())[:pictures//12 if "L/14" in name else pictures//4 if "B/32" in name else None]
+                files = sorted(photos.iterdir())[:pictures//12 if "L/14" in name else pictures//4 if "224 px" in name and "384, patch" not in name else None]
                 n, forwards, openings, times = len(files), [], [], dict(plain=[], ours=[], shared=[])
                 for r in range(1 if quick else rounds):
                     forwards.append(forward_pass(here, vision.get("image_size", 224), min(16, n)))
@@ -115,4 +133,4 @@ def main(quick=False, pictures=96, rounds=3):
 if __name__ == "__main__" and sys.argv[1] == "--child":
     folder, pictures, n, out, fast_decode = sys.argv[2:]
     def begin(): print("ready", flush=True); sys.stdin.readline()
-    ours(folder, Path(pictures), int(n), Path(out), fast_decode == "True", begin); print("done", flush=True)
+    ours(Path(folder), Path(pictures), int(n), Path(out), fast_decode == "True", begin); print("done", flush=True)

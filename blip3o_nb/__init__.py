@@ -14,6 +14,7 @@ _NAMES = { # room -> the public names that it holds, which are imported on first
     "network.nextdit": "NextDiT",
     "features.images": "read_images",
     "features.encoders": "load_encoder",
+    "features.texts": "load_text_encoder",
     "features.shards": "FeatureDataset ShardWriter",
     "features.loading": "Normalizer as_dls feature_dls tensor_dls",
     "features.extract": "extract online_dls",

@@ -74,8 +74,8 @@ class OptimiserOptions:
 @dataclass
 class EncoderOptions:
     "Which tokens of an encoder are taken"
-    stage: str = "hidden"              # hidden (before the tower's final norm), normed or projected
-    layout: str = "cls_patch"          # cls_patch, patch_only, or grid_64 and other square grids
+    stage: str = "hidden"              # before the tower's final norm; or normed, normed_plain, projected
+    layout: str|None = None            # cls_patch, patch_only, or grid_64 and other square grids; None: all
 
 # %% ../nbs/03_options.ipynb #4b8c68d7
 @dataclass

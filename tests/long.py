@@ -26,12 +26,13 @@ LONG = {
     "nbs/tutorials/overfit_test.ipynb": 32,
     "nbs/tutorials/seed_commands.ipynb": 25,
     "nbs/tutorials/real_encoders.ipynb": 8,
+    "nbs/tutorials/which_pair.ipynb": 65,
     "nbs/tutorials/write_your_own.ipynb": 14,
     "nbs/tutorials/your_images.ipynb": 9,
 }
 FIRST = { # other notebooks that take long: they are started first, so that none is left alone at the end
-    "nbs/3_features/02_encoders.ipynb": 18,
-    "nbs/3_features/06_extract.ipynb": 20,
+    "nbs/3_features/03_encoders.ipynb": 16,
+    "nbs/3_features/08_extract.ipynb": 20,
     "nbs/2_network/02_dit.ipynb": 29,
     "nbs/1_flow/02_samplers.ipynb": 14,
     "nbs/4_training/02_learner.ipynb": 30,

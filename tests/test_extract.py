@@ -130,7 +130,7 @@ def test_killed_at_any_moment_and_resumed_the_set_is_the_same(report, record_pro
     assert all(kills[m]["killed"] for m in lasting), kills
     assert len({v["left"] for v in kills.values() if v["killed"]}) > 2 # they died at different places
 
-@pytest.mark.slow # 3_features/06_extract adds columns in one process
+@pytest.mark.slow # 3_features/08_extract adds columns in one process
 def test_a_column_is_added_and_the_others_stay(report):
     killed = [v["killed"] for k, v in report.items() if k.startswith("a column is added, killed at")]
     assert any(killed) and report["the first column"]["same"] and report["two columns at once"]["same"], report
@@ -230,17 +230,27 @@ def test_seed_2_grid_embeddings(tmp_path, pictures, monkeypatch, capsys):
     assert made["clip"].shape == made["eva"].shape == (48, 64, 128) and made["clip"].equal(FeatureDataset(tmp_path/"out").column("clip"))
 
 def test_torchrun_splits_the_work(tmp_path, encoders, pictures):
-    import torch
+    "Two processes, three columns: the shipped pair, and a DINOv2 with registers of random weights"
+    import torch, transformers
+    from blip3o_nb.features.encoders import load_encoder
     from blip3o_nb.features.extract import extract
     from blip3o_nb.features.shards import FeatureDataset
+    small = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=56, patch_size=14)
+    transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**small)).save_pretrained(tmp_path/"dino")
+    transformers.BitImageProcessor(size={"shortest_edge": 56}, crop_size=56).save_pretrained(tmp_path/"dino")
+    towers = {"clip": "tiny-clip", "eva": "tiny-eva", "dino": str(tmp_path/"dino")}
     args = ["--images", pictures, "--layout", "cls_patch", "--bs", "8", "--shard-size", "16", "--device", "cpu"]
-    r = subprocess.run([Path(sys.executable).parent/"torchrun", "--nproc-per-node", "2", "--no-python", Path(sys.executable).parent/"blip3o_extract", "--out", tmp_path/"two", *args],
-                       env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    for name, model in towers.items(): args += ["--encoder", f"{name}={model}"]
+    programs = Path(sys.executable).parent
+    launch = [programs/"torchrun", "--nproc-per-node", "2", "--no-python", programs/"blip3o_extract"]
+    r = subprocess.run([*launch, "--out", tmp_path/"two", *args], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                       capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stderr[-2000:]
-    extract(pictures, tmp_path/"one", encoders, **RUN)
+    extract(pictures, tmp_path/"one", encoders | {"dino": load_encoder(towers["dino"], device="cpu")}, **RUN)
     one, two = FeatureDataset(tmp_path/"one"), FeatureDataset(tmp_path/"two")
     assert files(one.folder).keys() == files(two.folder).keys() and one.keys == two.keys
-    assert torch.cosine_similarity(one.column("eva"), two.column("eva"), dim=-1).min() > .99999 # the processes ran with another number of threads
+    for column in ("eva", "dino"): # the processes ran with another number of threads
+        assert torch.cosine_similarity(one.column(column), two.column(column), dim=-1).min() > .99999
 
 def online(root):
     "Run by each of two processes: a training on images of which some cannot be read, with validation by generation"

@@ -7,7 +7,7 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/8_commands/cli.html.md"""
 # %% auto #0
 __all__ = ['TINY', 'check_numbers', 'check_device', 'open_images', 'check_same', 'facts_of', 'check_demo', 'show_report', 'clear',
            'blip3o_demo', 'load_encoders', 'demo_steps', 'models_of', 'columns_of', 'trusted_of', 'check_extraction',
-           'device_here', 'blip3o_extract', 'extract_step', 'blip3o_train', 'verify_set', 'blip3o_convert',
+           'device_here', 'blip3o_extract', 'is_mean', 'extract_step', 'blip3o_train', 'verify_set', 'blip3o_convert',
            'blip3o_download', 'read_classes', 'checkpoints_of', 'blip3o_eval', 'read_texts', 'take_encoders',
            'blip3o_sample']
 
@@ -216,8 +216,8 @@ def blip3o_extract(
     encoder:Annotated[str, dict(action="append")]=None, # NAME=MODEL, once for each column; None: the shipped
     clip:str|None=None,      # short for --encoder clip=...; None: tiny-clip where there is no --encoder
     eva:str|None=None,       # short for --encoder eva=...; None: tiny-eva where there is no --encoder
-    stage:str=EncoderOptions.stage, # hidden (before the tower's final norm), normed or projected
-    layout:str=EncoderOptions.layout, # cls_patch, patch_only, or grid_64 and other square grids
+    stage:str=EncoderOptions.stage, # hidden (before the tower's final norm), normed, normed_plain, projected
+    layout:str|None=EncoderOptions.layout, # cls_patch, patch_only, grid_64 or another square grid; None: all
     bs:int=64,               # images a forward pass
     dtype:str="bf16",        # of the shards: bf16, fp16, fp32 or int8
     precision:str="fp32",    # of the towers: fp32, bf16 or fp16
@@ -242,10 +242,16 @@ def blip3o_extract(
                              dtype=precision, compile=compile)
     check_folder(out)
     work = dict(bs=bs, num_workers=num_workers, fast_decode=fast_decode, retry=retry)
-    extract_step(source, out, encoders, f"{stage}, {layout}, {dtype}", dtype=dtype, limit=limit,
-                 shard_size=shard_size, **work)
+    layouts = dict.fromkeys(str(e.contract.get("layout")) for e in encoders.values())
+    extract_step(source, out, encoders, f"{stage}, {' and '.join(layouts)}, {dtype}", dtype=dtype,
+                 limit=limit, shard_size=shard_size, **work)
 
 # %% ../../nbs/8_commands/02_cli.ipynb #b9b68c2d
+def is_mean(contract):
+    "Whether an embedding of these tokens is a mean of patches, where the tower's own is its CLS token"
+    exact = contract.get("pools_exactly", True) or "layers" in contract
+    return contract.get("pooling") == "cls" and not exact
+
 def extract_step(source, out:str, encoders:dict, how:str, **options):
     "Extract, and say what is there now"
     from blip3o_nb.core import ranks
@@ -254,7 +260,7 @@ def extract_step(source, out:str, encoders:dict, how:str, **options):
     if ranks()[0]: return
     shapes = ", ".join(f"{n} {list(ds.shape(n))}" for n in encoders)
     print(f"{len(ds):,} samples in {out}: {shapes}, {how}")
-    if not all(getattr(e, "pools_exactly", True) for e in encoders.values()):
+    if any(is_mean(e.contract) for e in encoders.values()):
         print("image embeddings of these tokens will be means of patches, which find captions far less well; "
               "--layout cls_patch keeps the CLS token")
 

@@ -28,7 +28,8 @@ from ..flow.samplers import SOLVERS, cast, evaluating, network_dtype, sample
 from ..features.loading import NORMS, Normalizer
 
 # %% ../../nbs/5_generation/01_pipeline.ipynb #4aba7542
-SAME = ("model", "weights", "fingerprint", "stage", "layout", "width", "num_tokens", "decode")
+SAME = ("model", "weights", "fingerprint", "stage", "layout", "layers", "reduce", "size", "width",
+        "num_tokens", "decode")
 
 def check_contract(
     known:dict, # contract of one column, as the checkpoint remembers it
@@ -211,7 +212,8 @@ def encoder(self:Pipeline, which:str): # a column
         if _starts_code(c):
             raise InputError(f"the {which} features are of {c['model']}, and a checkpoint does not start "
                              f"code: load that encoder and give it to use({which}=)")
-        enc = load_encoder(c["model"], stage=c["stage"], layout=c["layout"], device=self.device)
+        own = {k: c[k] for k in ("size", "layers", "reduce") if k in c}
+        enc = load_encoder(c["model"], stage=c["stage"], layout=c["layout"], device=self.device, **own)
         self.use(**{which: enc})
     return self.encoders[which]
 
@@ -296,8 +298,9 @@ def _record(v):
     numbers = _all(_list(lambda x: isinstance(x, (int, float))))
     return numbers(v) and all(len(v.get(a, ())) == len(v.get(b, ())) for a, b in pairs)
 
-_contract = _fields(**dict.fromkeys(("model", "stage", "layout", "weights", "fingerprint"), _maybe(_text)),
-                    **dict.fromkeys(("prefix", "image_size"), _maybe(_whole(0, 2**16))))
+_contract = _fields(**dict.fromkeys(("model", "stage", "layout", "weights", "fingerprint", "reduce"),
+                                    _maybe(_text)), layers=_maybe(_list(_whole(-2**10, -1))),
+                    **dict.fromkeys(("prefix", "image_size", "size"), _maybe(_whole(0, 2**16))))
 _shape = _list(_whole(1, 2**24 - 1), 2)
 _value = lambda v: isinstance(v, str) or _number(-1e6, 1e6)(v)
 
