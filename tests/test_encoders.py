@@ -3,7 +3,7 @@ import http.server, json, logging, threading, types
 import huggingface_hub, open_clip, pytest, timm, torch, transformers
 import numpy as np
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from blip3o_nb.core import layout_of
@@ -199,6 +199,20 @@ def test_equals_its_library(family, tmp_path):
         assert e.pools_exactly and (e.pool(e.tokens(x)) - image).abs().max() < TOL
     assert json.loads(json.dumps(enc.contract)) == enc.contract
 
+def pixels_of_library(family, d):
+    "What the library itself makes of an image"
+    if family in (a_vit, an_eva02):
+        arch = "ViT-test-8" if family is a_vit else "EVA02-test-12"
+        return open_clip.create_model_and_transforms(arch)[2]
+    side = {"shortest_edge": 32}
+    own = transformers.CLIPImageProcessor(size=side, crop_size=32) # of EVA-CLIP-8B: that of its example
+    return lambda image: own(images=image, return_tensors="pt")["pixel_values"][0]
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_are_those_of_the_library(family, tmp_path):
+    enc, _ = family(tmp_path)
+    assert torch.equal(enc.preprocess(PHOTO), pixels_of_library(family, tmp_path)(PHOTO))
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_keeps_the_direction(family, dtype, tmp_path):
@@ -237,9 +251,14 @@ def test_incomplete_remote_checkpoint_is_refused(tmp_path):
 
 class Hub(http.server.BaseHTTPRequestHandler):
     "The part of the Hugging Face hub that downloads use, over one folder at one commit"
-    folder, commit, asked = None, "", []
+    folder, commit, asked, refuses = None, "", [], None
     def do_GET(self):
         self.asked.append(self.path)
+        if self.refuses:
+            code, why = self.refuses
+            self.send_response(code)
+            for k, v in {"X-Error-Code": why, "X-Error-Message": "no", "Content-Length": "0"}.items(): self.send_header(k, v)
+            return self.end_headers()
         repo, _, rest = self.path.split("?")[0].partition("/resolve/")
         rev, _, name = rest.partition("/")
         file = self.folder/name
@@ -253,18 +272,40 @@ class Hub(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
     def log_message(self, *args): pass
 
+def serve(tmp_path, monkeypatch):
+    "A hub of this machine in place of huggingface.co"
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    where = url + "/{repo_id}/resolve/{revision}/{filename}"
+    for k, v in dict(ENDPOINT=url, HUGGINGFACE_CO_URL_TEMPLATE=where, HF_HUB_CACHE=str(tmp_path/"hub"),
+                     HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True).items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{k}", v)
+    for k in ("http_proxy", "https_proxy", "all_proxy"):
+        for name in (k, k.upper()): monkeypatch.delenv(name, raising=False)
+    huggingface_hub.close_session()
+    return server
+
+@pytest.mark.fault("hub that refuses a model", "encoders", "one line that says what to do, for each library")
+@pytest.mark.parametrize("refuses, said", [((403, "GatedRepo"), "is gated: accept its terms"),
+                                           ((404, "RepoNotFound"), "is not on huggingface.co, or is private")])
+@pytest.mark.parametrize("name", ["some/eva", "timm:vit_small_patch16_dinov3.lvd1689m", "ViT-B-16-SigLIP2/webli"])
+def test_a_hub_that_refuses(name, refuses, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(Hub, "refuses", refuses)
+    server = serve(tmp_path, monkeypatch)
+    try:
+        with pytest.raises(InputError, match=f"^{name} {said}") as e: load_encoder(name, device="cpu")
+    finally:
+        server.shutdown()
+        huggingface_hub.close_session()
+    assert "\n" not in str(e.value)
+
 @pytest.mark.fault("hub that has moved on since its code was read", "encoders", "the code of the pinned commit is run, and no other")
 def test_remote_code_of_a_hub_is_run_at_the_pinned_commit(tmp_path, monkeypatch, caplog):
     model = tmp_path/"model"; model.mkdir()
     m, ids = eva_folder(model)
     Hub.folder, Hub.commit, Hub.asked = model, "0123456789abcdef"*2 + "01234567", []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    for k, v in dict(ENDPOINT=url, HUGGINGFACE_CO_URL_TEMPLATE=url + "/{repo_id}/resolve/{revision}/{filename}", HF_HUB_CACHE=str(tmp_path/"hub"), HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True).items():
-        monkeypatch.setattr(f"huggingface_hub.constants.{k}", v)
-    for k in ("http_proxy", "https_proxy", "all_proxy"): monkeypatch.delenv(k, raising=False); monkeypatch.delenv(k.upper(), raising=False)
-    huggingface_hub.close_session()
+    server = serve(tmp_path, monkeypatch)
     try: enc = load_encoder("some/eva", device="cpu", trust_remote_code=True, revision=Hub.commit)
     finally: server.shutdown(); huggingface_hub.close_session()
     assert max(differences(enc, lambda x: eva_says(m, x, ids))) < TOL
@@ -445,8 +486,11 @@ def test_other_families_equal_their_library(other, tmp_path, monkeypatch):
 def test_other_families_in_half_precision(other, tmp_path, monkeypatch):
     half, says, _ = other(tmp_path, monkeypatch, dtype="bf16")
     x = pixels_of(half)
-    with torch.no_grad(): hidden, _, image, _ = says(x)
-    pairs = [(half.tokens(x), hidden)] + ([(half.pool(half.tokens(x)), image)] if image is not None else [])
+    with torch.no_grad(): hidden, normed, image, text = says(x)
+    pairs = [(half.tokens(x), hidden)]
+    if image is not None: pairs.append((half.pool(half.tokens(x)), image))
+    if text is not None: pairs.append((half.encode_text(TEXTS), text))
+    if half.tower.pooling != "mean_first": pairs.append((Encoder(half.tower, "normed").tokens(x), normed))
     for ours, theirs in pairs:
         assert torch.nn.functional.cosine_similarity(ours.float(), theirs, dim=-1).min() > .999
 
@@ -521,6 +565,28 @@ def test_wrong_pairs_of_tower_and_checkpoint(tmp_path, monkeypatch):
     torch.save(timm.create_model("vit_small_patch14_dinov2").state_dict(), tmp_path/"small.pt")
     with pytest.raises(InputError, match="small.pt cannot be loaded: "): load_encoder(f"timm:vit_small_patch14_reg4_dinov2:{tmp_path/'small.pt'}")
     with pytest.raises(InputError, match="no tokens can be taken from ResNet"): load_encoder("timm:resnet18")
+
+@pytest.mark.fault("checkpoint of another size of CLIP", "encoders", "refused in one line that names it")
+def test_wrong_pairs_of_open_clip_and_transformers(tmp_path):
+    add_arch(tmp_path, "ViT-test-8")
+    add_arch(tmp_path, "ViT-test-16", patch_size=16)
+    torch.save(open_clip.create_model("ViT-test-16").state_dict(), tmp_path/"other.pt")
+    lines = [f"ViT-test-8:{tmp_path/'other.pt'}"]
+    (d := tmp_path/"clip").mkdir()
+    a_clip(d)
+    said = json.loads((d/"config.json").read_text())
+    said["vision_config"]["hidden_size"] = 96
+    (d/"config.json").write_text(json.dumps(said))
+    (d := tmp_path/"dino").mkdir()
+    config = T.Dinov2Config(**PART, image_size=56, patch_size=8)
+    T.Dinov2Model(config).save_pretrained(d)
+    T.BitImageProcessor(size={"shortest_edge": 36}, crop_size=32).save_pretrained(d)
+    state = load_file(d/"model.safetensors")
+    save_file({k: v for k, v in state.items() if k != "layernorm.weight"}, d/"model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="dino lacks 1 tensors, first layernorm.weight"): load_encoder(str(d), device="cpu")
+    for name in (*lines, str(tmp_path/"clip")):
+        with pytest.raises(InputError, match="cannot be loaded|does not fit") as e: load_encoder(name, device="cpu")
+        assert "\n" not in str(e.value)
 
 @pytest.mark.fault("model of the hub without an adapter", "encoders", "refused by name before its weights are asked for")
 def test_models_without_tokens_are_refused_by_name(tmp_path):

@@ -142,6 +142,19 @@ def an_hf_siglip(d, **kw):
         return out.hidden_states[-1], out.last_hidden_state, out.pooler_output
     return name, says
 
+def an_hf_siglip2(d, **kw):
+    "The text half of a NaFlex SigLIP2, whose images are refused"
+    text = dict(PART, max_position_embeddings=16, projection_size=48, **NUMBERS)
+    config = hf.Siglip2Config(text_config=text, vision_config=dict(PART, patch_size=8))
+    name, m = saved(d, hf.Siglip2Model(config), "$A </s>", **kw)
+    def says(text):
+        t = rows(d)
+        t.padding_side = "right"
+        ids = t([text], padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
+        out = m.text_model(input_ids=ids, output_hidden_states=True)
+        return out.hidden_states[-1], out.last_hidden_state, out.pooler_output
+    return name, says
+
 def open_clip_folder(d, **text):
     sizes = dict(context_length=20, vocab_size=49408, width=48, heads=3, layers=2) | text
     vision = dict(image_size=32, patch_size=8, layers=1, width=32, head_width=16)
@@ -163,7 +176,7 @@ def an_open_clip(d, **kw):
     return name, says
 
 ANY = [a_bert, a_roberta, a_t5, a_bart, a_qwen3, a_llama, a_gpt2, an_hf_clip, an_hf_clip_text, an_hf_siglip,
-       an_open_clip]
+       an_hf_siglip2, an_open_clip]
 CAUSAL = [a_qwen3, a_llama, a_gpt2]
 PADDED = [a_bert, a_t5, *CAUSAL, an_hf_clip, an_hf_siglip]
 def sides(families): return [(f, side) for f in families for side in ("left", "right")]
@@ -191,10 +204,15 @@ def test_equals_its_library(family, tmp_path):
 @pytest.mark.parametrize("family", ANY)
 def test_half_precision_keeps_the_direction(family, tmp_path):
     name, says = family(tmp_path)
-    x, lengths = load_text_encoder(name, device="cpu", dtype="bf16").tokens(TEXTS)
-    assert x.dtype == torch.bfloat16
-    for row, n, (hidden, *_) in zip(x, lengths, theirs_of(says)):
-        assert F.cosine_similarity(row[:n].float(), hidden[0], dim=-1).min() > .999
+    for at, stage in enumerate(("hidden", "normed")):
+        enc = load_text_encoder(name, stage, device="cpu", dtype="bf16")
+        x, lengths = enc.tokens(TEXTS)
+        assert x.dtype == torch.bfloat16
+        for row, n, theirs in zip(x, lengths, theirs_of(says)):
+            assert F.cosine_similarity(row[:n].float(), theirs[at][0], dim=-1).min() > .999
+    if not enc.tower.pooling: return
+    pooled = torch.cat([t[2] for t in theirs_of(says)])
+    assert F.cosine_similarity(enc.encode_text(TEXTS).float(), pooled, dim=-1).min() > .999
 
 @pytest.mark.parametrize("family, side", sides(PADDED))
 def test_a_state_depends_on_its_text_alone(family, side, tmp_path):
@@ -324,6 +342,25 @@ def test_other_text_towers_of_open_clip(form, tmp_path):
     assert close(enc.encode_text(TEXTS), m.encode_text(tokenize(TEXTS))) < TOL
     if form != "siglip": return
     with pytest.raises(InputError, match="takes exactly 20 tokens"): load_text_encoder(name, max_length=10)
+
+@torch.no_grad()
+def test_a_text_tower_of_open_clip_with_the_tokenizer_of_a_language_model(tmp_path):
+    "As SigLIP and SigLIP2 have one: it is fetched when text comes, here from a folder"
+    save_tokenizer(tmp_path/"words")
+    text = dict(context_length=16, vocab_size=len(WORDS), width=48, heads=3, layers=2, no_causal_mask=True,
+                pool_type="last", proj_bias=True, hf_tokenizer_name=str(tmp_path/"words"))
+    vision = dict(image_size=32, patch_size=8, layers=1, width=32, head_width=16)
+    said = dict(embed_dim=16, vision_cfg=vision, text_cfg=text, custom_text=True)
+    (tmp_path/"ViT-test-8-words.json").write_text(json.dumps(said))
+    open_clip.add_model_config(tmp_path)
+    m = shaken(open_clip.create_model("ViT-test-8-words"))
+    torch.save(m.state_dict(), tmp_path/"w.pt")
+    enc = load_text_encoder(f"ViT-test-8-words:{tmp_path/'w.pt'}", device="cpu")
+    ids = open_clip.get_tokenizer("ViT-test-8-words")(TEXTS)
+    theirs = m.text.forward_intermediates(ids, indices=1, output_fmt="NLC")["text_intermediates"][0]
+    x, lengths = enc.tokens(TEXTS)
+    assert lengths.tolist() == [16]*3 and close(x, theirs) < TOL
+    assert close(enc.encode_text(TEXTS), m.encode_text(ids)) < TOL
 
 @torch.no_grad()
 def test_coca_has_states_and_no_pooling():

@@ -152,7 +152,7 @@ def _open_clip_tokenizer(source):
     @cache
     def fetched():
         with loading(f"the tokenizer of {source}"): return open_clip.get_tokenizer(source)
-    return lambda texts: fetched()(texts)
+    return lambda texts, **options: fetched()(texts, **options)
 
 # %% ../../nbs/3_features/03_encoders.ipynb #84aecd34
 def check_size(tower:Tower, size:int):
@@ -306,8 +306,8 @@ def _check_family(source, config, revision, hub):
     from transformers import AutoConfig, AutoModel
     if "auto_map" in config:
         kind = (config.get("architectures") or ["unknown"])[0]
-        raise InputError(f"{source} is no plain CLIP but {kind}: remote code is off; choose a CLIP, or an "
-                         "EVA tower of open_clip, or read its code and pass trust_remote_code=True"
+        raise InputError(f"{source} brings code of its own ({kind}), and remote code is off: choose a model "
+                         "that transformers knows, or read its code and pass trust_remote_code=True"
                          + (" and revision=" if hub else ""))
     with loading(source):
         config = AutoConfig.from_pretrained(source, revision=revision)
