@@ -272,42 +272,42 @@ class Hub(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
     def log_message(self, *args): pass
 
-def serve(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
     "A hub of this machine in place of huggingface.co"
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    where = url + "/{repo_id}/resolve/{revision}/{filename}"
-    for k, v in dict(ENDPOINT=url, HUGGINGFACE_CO_URL_TEMPLATE=where, HF_HUB_CACHE=str(tmp_path/"hub"),
+    where = server + "/{repo_id}/resolve/{revision}/{filename}"
+    for k, v in dict(ENDPOINT=server, HUGGINGFACE_CO_URL_TEMPLATE=where, HF_HUB_CACHE=str(tmp_path/"hub"),
                      HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True).items():
         monkeypatch.setattr(f"huggingface_hub.constants.{k}", v)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server) # which keeps what it saw at first
     for k in ("http_proxy", "https_proxy", "all_proxy"):
         for name in (k, k.upper()): monkeypatch.delenv(name, raising=False)
     huggingface_hub.close_session()
-    return server
+    yield
+    huggingface_hub.close_session()
 
 @pytest.mark.fault("hub that refuses a model", "encoders", "one line that says what to do, for each library")
 @pytest.mark.parametrize("refuses, said", [((403, "GatedRepo"), "is gated: accept its terms"),
                                            ((404, "RepoNotFound"), "is not on huggingface.co, or is private")])
 @pytest.mark.parametrize("name", ["some/eva", "timm:vit_small_patch16_dinov3.lvd1689m", "ViT-B-16-SigLIP2/webli"])
-def test_a_hub_that_refuses(name, refuses, said, tmp_path, monkeypatch):
+def test_a_hub_that_refuses(name, refuses, said, hub, monkeypatch):
     monkeypatch.setattr(Hub, "refuses", refuses)
-    server = serve(tmp_path, monkeypatch)
-    try:
-        with pytest.raises(InputError, match=f"^{name} {said}") as e: load_encoder(name, device="cpu")
-    finally:
-        server.shutdown()
-        huggingface_hub.close_session()
+    with pytest.raises(InputError, match=f"^{name} {said}") as e: load_encoder(name, device="cpu")
     assert "\n" not in str(e.value)
 
 @pytest.mark.fault("hub that has moved on since its code was read", "encoders", "the code of the pinned commit is run, and no other")
-def test_remote_code_of_a_hub_is_run_at_the_pinned_commit(tmp_path, monkeypatch, caplog):
+def test_remote_code_of_a_hub_is_run_at_the_pinned_commit(tmp_path, hub, caplog):
     model = tmp_path/"model"; model.mkdir()
     m, ids = eva_folder(model)
     Hub.folder, Hub.commit, Hub.asked = model, "0123456789abcdef"*2 + "01234567", []
-    server = serve(tmp_path, monkeypatch)
-    try: enc = load_encoder("some/eva", device="cpu", trust_remote_code=True, revision=Hub.commit)
-    finally: server.shutdown(); huggingface_hub.close_session()
+    enc = load_encoder("some/eva", device="cpu", trust_remote_code=True, revision=Hub.commit)
     assert max(differences(enc, lambda x: eva_says(m, x, ids))) < TOL
     assert (enc.contract["revision"], enc.contract["weights"], enc.contract["remote_code"]) == (Hub.commit, "hub", "modeling_eva.EvaModel")
     assert f"running the Python code of some/eva, modeling_eva.EvaModel, at revision {Hub.commit}" in caplog.messages
