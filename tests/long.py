@@ -31,7 +31,7 @@ LONG = {
     "nbs/tutorials/your_images.ipynb": 9,
 }
 FIRST = { # other notebooks that take long: they are started first, so that none is left alone at the end
-    "nbs/3_features/03_encoders.ipynb": 16,
+    "nbs/3_features/03_pretrained.ipynb": 16,
     "nbs/3_features/08_extract.ipynb": 20,
     "nbs/2_network/02_dit.ipynb": 29,
     "nbs/1_flow/02_samplers.ipynb": 14,

@@ -8,8 +8,7 @@ from torch._dynamo.utils import counters
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from blip3o_nb.core import layout_of
 from blip3o_nb.files import InputError
-from blip3o_nb.features.encoders import load_encoder
-from blip3o_nb.features.towers import Encoder, tower_of
+from blip3o_nb.features.encoders import Encoder, load_encoder, tower_of
 
 TEXTS = ["a red apple", "frog"]
 TOL = 1e-4

@@ -6,8 +6,7 @@ import huggingface_hub, open_clip, pytest, torch, transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from blip3o_nb.files import InputError
-from blip3o_nb.features.encoders import load_encoder, loading
-from blip3o_nb.features.texts import TextEncoder, load_text_encoder, text_tower_of
+from blip3o_nb.features.encoders import TextEncoder, load_encoder, load_text_encoder, loading, text_tower_of
 
 TEXTS = ["red apple", "a green leaf on the old grass in the sky", "cat"]
 TOL = 1e-4
