@@ -127,12 +127,12 @@ def an_hf_clip_text(d, **kw):
     name, m = saved(d, hf.CLIPTextModel(hf.CLIPTextConfig(**CLIP_TEXT, **NUMBERS)), **kw)
     return name, clip_says(d, m, None)
 
-def an_hf_siglip(d, **kw):
-    "Which sees its padding, and pools the last position"
-    vision = dict(PART, image_size=32, patch_size=8)
+def siglip(d, kind, image_size=None, **kw):
+    "It sees its padding, and pools the last position"
     text = dict(PART, max_position_embeddings=16, projection_size=48, **NUMBERS)
-    config = hf.SiglipConfig(text_config=text, vision_config=vision)
-    name, m = saved(d, hf.SiglipModel(config), "$A </s>", **kw)
+    vision = dict(PART, patch_size=8) | (dict(image_size=image_size) if image_size else {})
+    config = getattr(hf, f"{kind}Config")(text_config=text, vision_config=vision)
+    name, m = saved(d, getattr(hf, f"{kind}Model")(config), "$A </s>", **kw)
     def says(text):
         t = rows(d)
         t.padding_side = "right"
@@ -141,18 +141,11 @@ def an_hf_siglip(d, **kw):
         return out.hidden_states[-1], out.last_hidden_state, out.pooler_output
     return name, says
 
+def an_hf_siglip(d, **kw): return siglip(d, "Siglip", 32, **kw)
+
 def an_hf_siglip2(d, **kw):
     "The text half of a NaFlex SigLIP2, whose images are refused"
-    text = dict(PART, max_position_embeddings=16, projection_size=48, **NUMBERS)
-    config = hf.Siglip2Config(text_config=text, vision_config=dict(PART, patch_size=8))
-    name, m = saved(d, hf.Siglip2Model(config), "$A </s>", **kw)
-    def says(text):
-        t = rows(d)
-        t.padding_side = "right"
-        ids = t([text], padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
-        out = m.text_model(input_ids=ids, output_hidden_states=True)
-        return out.hidden_states[-1], out.last_hidden_state, out.pooler_output
-    return name, says
+    return siglip(d, "Siglip2", **kw)
 
 def open_clip_folder(d, **text):
     sizes = dict(context_length=20, vocab_size=49408, width=48, heads=3, layers=2) | text
