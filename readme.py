@@ -29,7 +29,7 @@ def take_over(run):
     use_style()
     shutil.copy(run/"report.json", ROOT/"nbs/demo_report.json")
     pipe, held = Pipeline.from_pretrained(run/"checkpoint"), FeatureDataset(run/"features", "held_out")
-    side, shown = text_side(pipe, held), pictures_of(held.keys, data_path("openclipart.tar.gz"), 4)
+    side, shown = text_side(pipe, held), pictures_of(held.keys, data_path("emoji.tar.gz"), 4)
     at = torch.tensor([held.position(k) for k in shown])
     near = lambda tokens: [[side.names[j] for j in row] for row in nearest(pipe.pool(tokens), side.texts).tolist()]
     made = torch.cat([pipe(held.rows("eva", i[None]), first=int(i)) for i in at])

@@ -124,7 +124,7 @@ def test_other_options_are_refused(small):
 
 def test_corrupt_tar_is_refused(tmp_path):
     from blip3o_nb.files import data_path
-    good = data_path("openclipart.tar.gz").read_bytes()
+    good = data_path("emoji.tar.gz").read_bytes()
     bad = tmp_path/"bad.tar"
     bad.write_bytes(b"this is no tar" * 1000)
     refused(["--out", tmp_path/"run", "--images", bad], "bad.tar")

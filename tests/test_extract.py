@@ -31,7 +31,7 @@ class Driver:
         from blip3o_nb.features.images import read_images
         self.root, self.report, self.pictures = root, {}, root/"pictures"
         self.encoders = {n: load_encoder(f"tiny-{n}", device="cpu") for n in ("clip", "eva")}
-        shipped = read_images(data_path("openclipart.tar.gz"))
+        shipped = read_images(data_path("emoji.tar.gz"))
         self.pictures.mkdir()
         for i in range(PICTURES):
             data = b"broken" if i % 30 == 7 else shipped.files(i)["webp"]
@@ -164,7 +164,7 @@ def encoders():
 def pictures(tmp_path_factory):
     from blip3o_nb.files import data_path
     from blip3o_nb.features.images import read_images
-    shipped, folder = read_images(data_path("openclipart.tar.gz")), tmp_path_factory.mktemp("pictures")
+    shipped, folder = read_images(data_path("emoji.tar.gz")), tmp_path_factory.mktemp("pictures")
     for i in range(48): (folder/f"{i:03d}.webp").write_bytes(shipped.files(i)["webp"]); (folder/f"{i:03d}.txt").write_bytes(shipped.files(i)["txt"])
     return folder
 

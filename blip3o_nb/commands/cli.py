@@ -43,9 +43,9 @@ def check_device(device:str|None):
         raise InputError("--device cuda: torch finds no CUDA device here; leave the option out")
 
 def open_images(images:str|None, captions:str|None=None):
-    "Images for a program: those that are named, or the shipped clip art; raises `InputError`"
+    "Images for a program: those that are named, or the shipped images; raises `InputError`"
     from blip3o_nb.features.images import read_images
-    return read_images(images or data_path("openclipart.tar.gz"), captions)
+    return read_images(images or data_path("emoji.tar.gz"), captions)
 
 # %% ../../nbs/8_commands/02_cli.ipynb #440a232f
 def check_same(
@@ -104,7 +104,7 @@ def clear(
          headings={"out": "where from, where to", "clip": "towers", "task": "training", "limit": "the run"})
 def blip3o_demo(
     out:str="runs/demo",     # folder for features, checkpoints and the report
-    images:str|None=None,    # as for blip3o_extract; None: the shipped clip art
+    images:str|None=None,    # as for blip3o_extract; None: the shipped images
     clip:str=TINY["clip"],   # CLIP tower: shipped, "ViT-L-14/openai" of open_clip, or a Hugging Face id
     eva:str=TINY["eva"],     # EVA-CLIP tower: shipped, or "EVA02-L-14/merged2b_s4b_b131k" of open_clip
     task:str=RunOptions.task, # clip_generation, eva_reproduction, clip_denoising or eva_denoising
@@ -211,7 +211,7 @@ def device_here(device:str|None) -> str|None:
          headings={"images": "where from, where to", "encoder": "encoders", "bs": "speed and size",
                    "captions": "images", "shard_size": "the run", "trust_remote_code": "code from outside"})
 def blip3o_extract(
-    images:str|None=None,    # folder, tars "data/*.tar", or "datasets:NAME#split"; None: shipped clip art
+    images:str|None=None,    # folder, tars "data/*.tar", or "datasets:NAME#split"; None: the shipped images
     out:str=RunOptions.embeddings_dir, # folder of the features; extraction resumes if it already has some
     encoder:Annotated[str, dict(action="append")]=None, # NAME=MODEL, once for each column; None: the shipped
     clip:str|None=None,      # short for --encoder clip=...; None: tiny-clip where there is no --encoder
@@ -425,7 +425,7 @@ def take_encoders(
          headings={"images": "where from, where to", "steps": "sampling", "seed": "the run"})
 def blip3o_sample(
     checkpoint:str,         # folder of a trained flow
-    images:str|None=None,   # as for blip3o_extract; None: the shipped clip art
+    images:str|None=None,   # as for blip3o_extract; None: the shipped images
     out:str="samples",      # folder of the tokens
     encoder:Annotated[str, dict(action="append")]=None, # NAME=MODEL; None: as the checkpoint says
     texts:str|None=None,    # file with a caption on each line: the three nearest are noted for each image

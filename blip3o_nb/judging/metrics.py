@@ -8,7 +8,7 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/6_judging/metrics.html.md"""
 __all__ = ['TOKENS', 'IMAGES', 'EVIDENCE', 'FILES', 'TABLE', 'METRICS', 'TITLES', 'ABOVE', 'BANDS', 'QUALITY', 'Score',
            'bootstrap', 'Evidence', 'Figure', 'Metric', 'on_tokens', 'register', 'Known', 'measure', 'patch_cosine',
            'token_scores', 'bands_of', 'quality_band', 'sphere_violation', 'unique_captions', 'best_rank', 'retrieval',
-           'chance_level', 'class_embeddings', 'zero_shot', 'zero_shot_chance', 'frechet_distance', 'cka',
+           'chance_level', 'class_embeddings', 'zero_shot', 'zero_shot_chance', 'frechet_distance', 'mmd', 'cka',
            'knn_overlap', 'half_sampling', 'diversity', 'spread_error', 'calibration', 'derangement']
 
 # %% ../../nbs/6_judging/01_metrics.ipynb #a7f26605
@@ -397,6 +397,21 @@ def frechet_distance(
     cross = torch.linalg.svdvals(_root(ca) @ _root(cb)).sum()
     return max(0., ((a.mean(0)-b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2*cross).item())
 
+# %% ../../nbs/6_judging/01_metrics.ipynb #4660ccf1
+def mmd(
+    a:torch.Tensor, # `[n, E]`
+    b:torch.Tensor, # `[m, E]`, the real ones
+    width:float|None=None # of the kernel; default: the median distance between two of `b`
+) -> float: # squared and unbiased: 0 on average for equal distributions, so that it may lie below; at most 2
+    "Maximum mean discrepancy of two clouds under a Gaussian kernel (Gretton et al., 2012)"
+    a, b = a.double(), b.double()
+    within = torch.cdist(b, b)
+    width = width or within[~torch.eye(len(b), dtype=torch.bool, device=b.device)].median().item()
+    def mean_likeness(d): return (-d.square()/(2*max(width, 1e-12)**2)).exp()
+    def of_pairs(d): return (mean_likeness(d).sum() - len(d))/(len(d)*(len(d) - 1))
+    between = mean_likeness(torch.cdist(a, b)).mean()
+    return (of_pairs(torch.cdist(a, a)) + of_pairs(within) - 2*between).item()
+
 # %% ../../nbs/6_judging/01_metrics.ipynb #9d124831
 def _hsic(k, l):
     "Unbiased HSIC of two Gram matrices with zero diagonal, times n(n-3)"
@@ -456,6 +471,7 @@ _CLOUDS = ("cloud", "real_cloud")
 register(
     Metric("Fréchet", frechet_distance, _CLOUDS, better="less", group="Sets", shown=TABLE, halves=20, least=4,
            paired=False),
+    Metric("MMD", mmd, _CLOUDS, better="less", group="Sets", halves=20, least=4, paired=False),
     Metric("CKA", cka, _CLOUDS, group="Sets", halves=20, least=8),
     Metric("shared neighbours", _shared, _CLOUDS, group="Sets", halves=20, least=22))
 

@@ -28,7 +28,7 @@ def towers():
 def pictures():
     "Bytes of some of the shipped pictures"
     from blip3o_nb.features.images import read_images
-    source = read_images(data_path("openclipart.tar.gz"))
+    source = read_images(data_path("emoji.tar.gz"))
     return [source.files(i)["webp"] for i in range(8)]
 
 # Large sets
