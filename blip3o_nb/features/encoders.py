@@ -383,11 +383,10 @@ def frozen(f):
 
 # %% ../../nbs/3_features/02_encoders.ipynb #0282aec0
 @patch
-@frozen
-def tokens(self:Encoder,
+def tokens_with_gradient(self:Encoder,
     images:torch.Tensor # `[B, 3, H, W]`, preprocessed, at the tower's own size
 ) -> torch.Tensor: # `[B, N, D]`, on the encoder's device, in its dtype
-    "Tokens of a batch of images; raises `InputError` for another shape"
+    "As `tokens`, with a gradient that flows back to the images"
     s = self.tower.image_size
     if images.shape[1:] != (3, s, s) or not images.is_floating_point():
         raise InputError(f"images of shape {list(images.shape)} and {images.dtype}: this tower takes "
@@ -396,6 +395,12 @@ def tokens(self:Encoder,
     blocks = tower.outputs(images.to(self.device, self.dtype), self.layers)   # [B, N, D] each
     xs = [to_layout(tower.at_stage(x, self.stage), self.layout, tower.prefix) for x in blocks]
     return xs[0] if len(xs) == 1 else REDUCE[self.reduce](xs)
+
+@patch
+@frozen
+def tokens(self:Encoder, images:torch.Tensor) -> torch.Tensor: # both as of `tokens_with_gradient`
+    "Tokens of a batch of images; raises `InputError` for another shape"
+    return self.tokens_with_gradient(images)
 
 # %% ../../nbs/3_features/02_encoders.ipynb #e32fa772
 @patch(as_prop=True)

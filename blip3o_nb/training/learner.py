@@ -8,7 +8,8 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/4_training/learner.html.md"""
 __all__ = ['INSTEAD', 'ONCE', 'FlowCallback', 'with_argument', 'masked', 'ConditioningDropout', 'RegressionCallback', 'NaNGuard',
            'RecordCallback', 'ProgressBar', 'seeded_noise', 'encoded_shape', 'generate_tokens', 'regress',
            'check_conditioning', 'check_callback', 'FlowLearner', 'flow_learner', 'default_lr', 'noise_size',
-           'task_path', 'flow_loss', 'BatchAccumulation', 'check_learner', 'check_features']
+           'task_path', 'flow_loss', 'BatchAccumulation', 'concerns', 'begun', 'adamw', 'check_learner',
+           'check_features']
 
 # %% ../../nbs/4_training/02_learner.ipynb #5b8cfe15
 import warnings
@@ -70,6 +71,10 @@ class FlowCallback(Callback):
         s = self.draw(self.target_norm.encode(self.y))
         self.learn.xb, self.learn.yb = (s.xt, s.t, self.cond_norm.encode(self.x)), (s,)
         self.learn.xb = masked(self.model, self.xb, getattr(self.learn, "cond_lengths", None))
+
+    def sources(self):
+        "What the batch was made of: targets and conditioning, encoded"
+        return self.yb[0].x1, self.xb[2]
 
     def after_batch(self):
         s, loss = self.yb[0], self.loss_func
@@ -164,8 +169,8 @@ class NaNGuard(Callback):
     def norm(self):
         return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
     def stop(self, what, value):
-        keys, (xt, t, cond, *_), (s,) = self.dl.batch_keys(self.iter), self.xb, self.yb
-        fine = [x.flatten(1).isfinite().all(1).tolist() for x in (s.x1, cond)]
+        keys = self.dl.batch_keys(self.iter)
+        fine = [x.flatten(1).isfinite().all(1).tolist() for x in self.flow.sources()]
         bad = [k for k, *ok in zip(keys, *fine) if not all(ok)]
         lr = self.opt.hypers[0]["lr"]
         why = (f"the features of {_some(bad)} are not finite: extract them again" if bad else
@@ -318,11 +323,6 @@ class FlowLearner(RestoringLearner):
     "A fastai `Learner` of a flow, as `flow_learner` makes it"
     objective = "flow"  # or "regression"
     cond_lengths = None # of the batch, where its conditioning has some
-    @property
-    def judged_model(self) -> torch.nn.Module:
-        "The network that is validated, sampled and saved: the average of the weights where one is kept"
-        kept = self._grab_cbs(EMACallback)
-        return kept[0].averaged().module.eval() if kept else get_model(self.model)
     def one_batch(self, i, b):
         "As fastai's, which keeps the tensors of a batch and not its lengths"
         self.cond_lengths = getattr(b, "cond_lengths", None)
@@ -461,16 +461,13 @@ def flow_learner(
     norms, path = _ends_and_path(dls, model, task, path, objective, accumulate)
     flow = _flow_callback(objective, norms, path, seed, times=times, band=(min_noise_level, max_noise_level),
                           shift=dimension_shift(*norms[0].encoded_shape) if shift is None else shift)
-    concerns = [flow, RecordCallback(), EMACallback(ema), PrecisionCallback(precision), ClipCallback(clip),
-                NaNGuard(), ProgressBar(objective, progress)]
     _prepare(model, gradient_checkpointing, compile)
     learn = FlowLearner(dls, model, loss_func=flow_loss(model, path, _layout(dls), cls_weight, **loss),
-                        opt_func=_adamw(betas), lr=default_lr(model) if lr is None else lr, wd=wd,
+                        opt_func=adamw(betas), lr=default_lr(model) if lr is None else lr, wd=wd,
                         splitter=decay_groups, moms=(betas[0],)*3,
-                        cbs=[*_less(concerns, cbs), *_optional(model, accumulate), *L(cbs)])
-    learn.remove_cb(ProgressCallback)
-    learn.objective, learn.logger, learn.record = objective, noop, {}
-    return learn
+                        cbs=[*concerns(flow, objective, ema, clip, precision, progress, cbs),
+                             *_optional(model, accumulate), *L(cbs)])
+    return begun(learn, objective)
 
 # %% ../../nbs/4_training/02_learner.ipynb #e261bb88
 def default_lr(model) -> float:
@@ -529,14 +526,21 @@ def _flow_callback(objective, norms, path, seed, band, **options):
     kind = FlowCallback if objective == "flow" else RegressionCallback
     return kind(*norms, path=path, band=noise_band(*band), seed=seed, **options)
 
-def _less(concerns, cbs):
-    "The default callbacks, without those whose place is taken"
+def concerns(flow, objective, ema, clip, precision, progress, cbs) -> list:
+    "The callbacks of every training here, without those whose place is taken by `cbs`"
+    every = [flow, RecordCallback(), EMACallback(ema), PrecisionCallback(precision), ClipCallback(clip),
+             NaNGuard(), DecayMatricesOnly(), ProgressBar(objective, progress)]
     own = tuple(c for c in ONCE if any(isinstance(cb, c) for cb in L(cbs)))
-    return [cb for cb in concerns if not isinstance(cb, own)]
+    return [cb for cb in every if not isinstance(cb, own)]
+
+def begun(learn, objective):
+    "The same learner with its objective and an empty record, without fastai's table of losses"
+    learn.remove_cb(ProgressCallback)
+    learn.objective, learn.logger, learn.record = objective, noop, {}
+    return learn
 
 def _optional(model, accumulate):
     "What only some trainings have, and what comes after the others"
-    yield DecayMatricesOnly()
     drop = getattr(getattr(model, "config", None), "cond_dropout", 0.)
     if drop: yield ConditioningDropout(drop)
     if accumulate > 1: yield BatchAccumulation(accumulate)
@@ -550,7 +554,8 @@ def _prepare(model, gradient_checkpointing, compile):
                          "network such an attribute and do as it says")
     if compile: model.compile()
 
-def _adamw(betas):
+def adamw(betas):
+    "What makes the optimiser of a learner: AdamW over `decay_groups`"
     adamw = partial(torch.optim.AdamW, betas=betas, eps=1e-8, fused=True)
     return partial(DecayOptimizer, opt=adamw)
 

@@ -94,6 +94,11 @@ class RestoringLearner(Learner):
         "The network that is trained, also while an average stands in for it"
         kept = self._grab_cbs(EMACallback)
         return kept[0].trained() if kept else get_model(self.model)
+    @property
+    def judged_model(self) -> torch.nn.Module:
+        "The network that is validated and saved: the average of the weights where one is kept"
+        kept = self._grab_cbs(EMACallback)
+        return kept[0].averaged().module.eval() if kept else get_model(self.model)
     def _restore(self, *phases):
         for phase in phases:
             for cb in self.cbs.sorted("order"):

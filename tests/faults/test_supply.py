@@ -199,4 +199,4 @@ def test_lowest_versions(tmp_path):
     assert (tmp_path/"demo"/"report.html").exists()
     for name in LOWEST: run(env/"bin/python", "-c", f"from nbdev.test import nbdev_test; nbdev_test({f'nbs/{name}.ipynb'!r}, n_workers=0)")
 
-LOWEST = ("02_viz", "3_features/06_shards", "3_features/02_encoders", "3_features/03_pretrained", "3_features/04_texts", "3_features/01_images", "2_network/03_nextdit", "4_training/02_learner", "03_options", "6_judging/04_report", "5_generation/02_widgets") # those that use most of other libraries
+LOWEST = ("02_viz", "3_features/06_shards", "3_features/02_encoders", "3_features/03_pretrained", "3_features/04_texts", "3_features/01_images", "2_network/03_nextdit", "4_training/02_learner", "03_options", "6_judging/04_report", "5_generation/03_widgets") # those that use most of other libraries
