@@ -19,6 +19,7 @@ _NAMES = { # room -> the public names that it holds, which are imported on first
     "features.extract": "extract online_dls",
     "training.learner": "FlowLearner flow_learner",
     "generation.pipeline": "Pipeline save_checkpoint write_samples",
+    "generation.pixels": "Decoder decoder_learner pixel_dls",
     "judging.baselines": "",
     "judging.evaluate": "evaluate",
     "judging.report": "write_report",

@@ -1,1 +1,1 @@
-"Checkpoints to tokens"
+"Checkpoints to tokens, and tokens to images"

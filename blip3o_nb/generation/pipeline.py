@@ -6,8 +6,8 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/5_generation/pipeline.html.md"""
 
 # %% auto #0
 __all__ = ['SAME', 'FLOW_FIELDS', 'TASK_FIELDS', 'DECODERS', 'check_contract', 'Pipeline', 'encoder_of', 'save_checkpoint',
-           'check_fields', 'reading', 'stored_task', 'read_flow', 'nearest', 'patches_of', 'check_reads',
-           'load_decoder', 'as_read', 'write_samples']
+           'check_fields', 'reading', 'stored_task', 'read_flow', 'stored_normalizer', 'nearest', 'patches_of',
+           'check_reads', 'load_decoder', 'as_read', 'write_samples']
 
 # %% ../../nbs/5_generation/01_pipeline.ipynb #197cc024
 import hashlib, json
@@ -371,15 +371,19 @@ def read_flow(folder:str|Path) -> dict:
     return f
 
 # %% ../../nbs/5_generation/01_pipeline.ipynb #a71b855e
-def _normalizer(state, side, f):
-    "The normaliser of one side, from the tensors of the file; raises `InputError` where they do not fit"
-    mode, shape = f[f"{side}_norm"], tuple(f[f"{side}_shape"])
+def stored_normalizer(
+    state:dict, # name -> tensor, of a file
+    side:str,   # beginning of the names
+    mode:str, shape # as `Normalizer` takes them
+) -> Normalizer:
+    "A normaliser from the tensors of a file; raises `InputError` where they do not fit"
+    shape = tuple(shape)
     own = {n: state.get(f"{side}.{n}") for n in ("mean", "std")}
     size = {"token": shape, "channel": shape[1:]}.get(mode, ())
     def fits(x): return x is not None and x.shape == size and x.dtype == torch.float32 and x.isfinite().all()
     if not all(map(fits, own.values())) or not (own["std"] > 0).all():
-        raise InputError(f"the {mode} normaliser of {list(shape)} that flow.json names is missing or "
-                         "invalid: copy the checkpoint again, or train again")
+        raise InputError(f"the {mode} normaliser of {list(shape)} is missing or invalid: copy the checkpoint "
+                         "again, or train again")
     norm = Normalizer(mode, shape=shape)
     norm.load_state_dict(own)
     return norm
@@ -395,7 +399,8 @@ def _normalizers(folder, f, model):
     "Both normalisers of a checkpoint; raises `InputError` where they are not those of its network"
     file, config = folder/"normalizers.safetensors", getattr(model, "config", None)
     state = load_tensors(file)[0]
-    with reading(file): target, cond = (_normalizer(state, side, f) for side in ("target", "cond"))
+    def stored(side): return stored_normalizer(state, side, f[f"{side}_norm"], f[f"{side}_shape"])
+    with reading(file): target, cond = stored("target"), stored("cond")
     with reading(folder/"flow.json"):
         _check_sizes(target, "target", config, "num_tokens", "target_size")
         _check_sizes(cond, "cond", config, "cond_tokens", "cond_size")
