@@ -41,6 +41,7 @@ FIRST = { # other notebooks that take long: they are started first, so that none
     "nbs/7_runs/03_runs.ipynb": 30,
     "nbs/6_judging/03_evaluate.ipynb": 19,
     "nbs/6_judging/04_report.ipynb": 34,
+    "nbs/5_generation/02_pixels.ipynb": 42,
     "nbs/5_generation/03_widgets.ipynb": 16,
     "nbs/8_commands/02_cli.ipynb": 40,
 }
