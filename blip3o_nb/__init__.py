@@ -19,6 +19,7 @@ _NAMES = { # room -> the public names that it holds, which are imported on first
     "features.extract": "extract online_dls",
     "training.learner": "FlowLearner flow_learner",
     "generation.pipeline": "Pipeline save_checkpoint write_samples",
+    "generation.public_decoders": "load_public_decoder",
     "judging.baselines": "",
     "judging.evaluate": "evaluate",
     "judging.report": "write_report",

@@ -1,4 +1,4 @@
-"""Draw tokens with decoders that others have published: which one reads what, refused in one line where it does not fit.
+"""Draw tokens with decoders that others have published: which one reads what, the same pixels as from diffusers itself, and one line of help where your tokens do not fit.
 
 Docs: https://blip3o-nb.github.io/blip3o_nb/5_generation/public_decoders.html.md"""
 
@@ -9,9 +9,9 @@ __all__ = ['READS', 'USUALLY', 'CLIP_L', 'CLIP_H', 'CLIP_G', 'EVA_E', 'SIGLIP2',
            'check_reads', 'Bridge', 'check_options', 'RAE', 'Diffusion', 'VersatileDiffusion', 'StableUnCLIP',
            'Kandinsky', 'Emu2', 'Parts', 'sana_connector', 'SigLIP2SANA', 'PublicDecoder', 'load_public_decoder']
 
-# %% ../../nbs/5_generation/04_public_decoders.ipynb #96994b7e
+# %% ../../nbs/5_generation/04_public_decoders.ipynb #76f39e52
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
