@@ -20,6 +20,7 @@ _NAMES = { # room -> the public names that it holds, which are imported on first
     "training.learner": "FlowLearner flow_learner",
     "generation.pipeline": "Pipeline save_checkpoint write_samples",
     "generation.pixels": "Decoder decoder_learner pixel_dls",
+    "generation.public_decoders": "load_public_decoder",
     "judging.baselines": "",
     "judging.evaluate": "evaluate",
     "judging.report": "write_report",

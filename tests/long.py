@@ -43,5 +43,6 @@ FIRST = { # other notebooks that take long: they are started first, so that none
     "nbs/6_judging/04_report.ipynb": 34,
     "nbs/5_generation/02_pixels.ipynb": 42,
     "nbs/5_generation/03_widgets.ipynb": 16,
+    "nbs/5_generation/04_public_decoders.ipynb": 75, # tests/test_public_decoders.py stays
     "nbs/8_commands/02_cli.ipynb": 40,
 }
