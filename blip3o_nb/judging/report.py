@@ -88,11 +88,13 @@ def plot_places(
 def pictures_of(
     keys:list,
     images,   # as `read_images` takes them
-    n:int     # at most, spread evenly over the keys
+    n:int,    # at most, drawn at random
+    seed:int=0
 ) -> dict: # key -> image; those that can be read
     "Some of the images that were judged"
     from blip3o_nb.features.images import Unreadable, read_images
-    want = {keys[i] for i in torch.linspace(0, len(keys)-1, min(n, len(keys))).long().tolist()}
+    drawn = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed))[:n]
+    want = {keys[i] for i in drawn.tolist()}
     source, found = read_images(images), {}
     for i, k in enumerate(source.keys):
         if k in want:
@@ -158,7 +160,7 @@ CAPTIONS = {
     "Steps": "Centred cosine against the number of times the network is evaluated; bars are 95 % intervals.",
     "Patches": "Centred cosine at each place of the grid, mean over the images.",
     "Places": "The same for single images, over the image, with the mean over its patches.",
-    "Captions": "Images spread evenly over the split, with the three captions nearest to the embedding of "
+    "Captions": "Images drawn at random from the split, with the three captions nearest to the embedding of "
                 "their real and of their generated tokens. Own captions are marked.",
 }
 
