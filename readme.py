@@ -17,23 +17,40 @@ def take_figure(name, notebook, begins):
     [png] = [o["data"]["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
     (ROOT/f"nbs/images/{name}.png").write_bytes(base64.b64decode("".join(png)))
 
+CANDIDATES, SHOWN = 100, 6 # new drawings whose captions are the candidates of the gallery, and how many are shown
+
+def drawn_at_random(held, source):
+    "Positions of some held-out images that are new drawings of known things"
+    import json, torch
+    kinds = {k: json.loads(source.files(i)["json"]).get("kind") for i, k in enumerate(source.keys)}
+    new = [i for i, k in enumerate(held.keys) if kinds[k] == "drawing"]
+    order = torch.randperm(len(new), generator=torch.Generator().manual_seed(0))[:CANDIDATES]
+    return torch.tensor(new)[order]
+
 def take_over(run):
-    "Copy a run's report, and draw its gallery with four pictures"
+    "Take a run's report, draw its gallery, and count how many first captions in it are right"
     import torch
-    from blip3o_nb.files import data_path
-    from blip3o_nb.judging.evaluate import text_side
-    from blip3o_nb.generation.pipeline import Pipeline, nearest
-    from blip3o_nb.judging.report import pictures_of
+    from blip3o_nb.features.images import read_images
     from blip3o_nb.features.shards import FeatureDataset
+    from blip3o_nb.files import data_path, read_json, write_json
+    from blip3o_nb.generation.pipeline import Pipeline, nearest
     from blip3o_nb.viz import fig_to_png, gallery, use_style
     use_style()
-    shutil.copy(run/"report.json", ROOT/"nbs/demo_report.json")
     pipe, held = Pipeline.from_pretrained(run/"checkpoint"), FeatureDataset(run/"features", "held_out")
-    side, shown = text_side(pipe, held), pictures_of(held.keys, data_path("emoji.tar.gz"), 4)
-    at = torch.tensor([held.position(k) for k in shown])
-    near = lambda tokens: [[side.names[j] for j in row] for row in nearest(pipe.pool(tokens), side.texts).tolist()]
+    source = read_images(data_path("emoji.tar.gz"))
+    at = drawn_at_random(held, source)
+    captions = [held.captions[i] for i in at]
+    texts = pipe.embed_texts(captions)
+    def near(tokens): return [[captions[j] for j in row] for row in nearest(pipe.pool(tokens), texts).tolist()]
     made = torch.cat([pipe(held.rows("eva", i[None]), first=int(i)) for i in at])
-    (ROOT/"nbs/images/demo_gallery.png").write_bytes(fig_to_png(gallery(list(shown.values()), [held.captions[i] for i in at], near(held.rows("clip", at)), near(made))[0, 0]))
+    by_real, by_made = near(held.rows("clip", at)), near(made)
+    def right(rows): return sum(row[0] == own for row, own in zip(rows, captions))
+    report = read_json(run/"report.json")
+    report["gallery"] = dict(images=len(captions), real=right(by_real), generated=right(by_made))
+    write_json(ROOT/"nbs/demo_report.json", report)
+    images = [source[source.keys.index(held.keys[i])].image for i in at[:SHOWN]]
+    axs = gallery(images, captions[:SHOWN], by_real[:SHOWN], by_made[:SHOWN])
+    (ROOT/"nbs/images/demo_gallery.png").write_bytes(fig_to_png(axs[0, 0]))
 
 def cell_markdown(c):
     if c.cell_type == "markdown": return [c.source]

@@ -1,4 +1,4 @@
-"""Decode any picture file into upright RGB or a reason why not, find its caption, and meet the one class that every source of pictures is.
+"""Decode any image file into upright RGB or a reason why not, find its caption, and meet the one class that every source of images is.
 
 Docs: https://blip3o-nb.github.io/blip3o_nb/3_features/images.html.md"""
 

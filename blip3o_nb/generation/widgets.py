@@ -1,4 +1,4 @@
-"""Browse the samples of a set, follow a flow from noise to a image's tokens, and blend the conditioning of two images, each with a slider or two.
+"""Browse the samples of a set, follow a flow from noise to an image's tokens, and blend the conditioning of two images, each with a slider or two.
 
 Docs: https://blip3o-nb.github.io/blip3o_nb/5_generation/widgets.html.md"""
 
@@ -268,7 +268,7 @@ def _draw_cosines(ax, trace, others):
     if others is not None:
         floor = F.cosine_similarity(trace.emb[:, None], others, dim=-1).mean(1)
         ax.plot(trace.times, floor, color=FLOOR.color, ls=FLOOR.dash, label="to other images")
-    ax.set(xlabel="t", ylabel="cosine of the estimate", ylim=(-.4, 1))
+    ax.set(xlabel="t", ylabel="cosine of the estimate", ylim=(-.6, 1))
     ax.legend(fontsize="x-small", loc="lower left")
 
 # %% ../../nbs/5_generation/03_widgets.ipynb #af223fed

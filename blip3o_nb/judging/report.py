@@ -160,7 +160,7 @@ CAPTIONS = {
     "Steps": "Centred cosine against the number of times the network is evaluated; bars are 95 % intervals.",
     "Patches": "Centred cosine at each place of the grid, mean over the images.",
     "Places": "The same for single images, over the image, with the mean over its patches.",
-    "Captions": "Images spread evenly over the split, with the three captions nearest to the embedding of "
+    "Captions": "Images drawn at random from the split, with the three captions nearest to the embedding of "
                 "their real and of their generated tokens. Own captions are marked.",
 }
 
