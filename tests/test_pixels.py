@@ -169,15 +169,15 @@ def flow(art):
     return save_checkpoint(learn, art/"flow")
 
 @pytest.mark.parametrize("changed,message", [
-    (dict(model="python:others:Means"), "with model 'python:others:Means', these have 'python:means:Means': extract with load_encoder"),
-    (dict(fingerprint="2e"), "fingerprint '2e', these have '1f': extract with the encoder of the decoder, or fit"),
+    (dict(model="python:others:Means"), "of model 'python:others:Means'; these are of model 'python:means:Means': make them with load_encoder"),
+    (dict(fingerprint="2e"), "fingerprint '2e'; these are of fingerprint '1f': load the weights that it was fitted to, or fit"),
     (dict(weights="laion"), None), # the column says nothing of its weights
     (dict(stage="normed"), r"load_encoder\(..., stage='normed'\)"),
     (dict(layout="grid_4", num_tokens=4), r"load_encoder\(..., layout='grid_4'\)"),
     (dict(layers=[-2]), r"load_encoder\(..., layers=\[-2\]\)"),
     (dict(num_tokens=65, image_size=64), r"load_encoder\(..., size=64\)"),
-    (dict(width=8), "width '8', these have '6'"),
-    (dict(prefix=2, num_tokens=17), "prefix '2', these have '1'")])
+    (dict(width=8), "width 8; these are of width 6"),
+    (dict(prefix=2, num_tokens=17), "prefix 2; these are of prefix 1")])
 def test_tokens_that_a_decoder_does_not_read_are_refused(art, flow, linear, tmp_path, changed, message):
     "Before anything is generated, in one line, at loading and at the call"
     cond = FeatureDataset(art/"set", "held_out").column("bare")[:3]

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from blip3o_nb.core import named_generator
 from blip3o_nb.files import InputError
 from blip3o_nb.features.encoders import Encoder, Tower, tower_of
-from blip3o_nb.generation.public_decoders import (CLASSES, PUBLIC_DECODERS, Parts, check_reads,
+from blip3o_nb.generation.pipeline import check_reads
+from blip3o_nb.generation.public_decoders import (CLASSES, PUBLIC_DECODERS, Parts,
                                                   load_public_decoder, sana_connector)
 
 diffusers = pytest.importorskip("diffusers")
@@ -331,7 +332,7 @@ WRONG = [
     ("rae-dinov2-base", dict(model="facebook/dinov2-base"), "model 'facebook/dinov2-with-registers-base'",
      "load_encoder('facebook/dinov2-with-registers-base', stage='normed_plain', layout='patch_only'), or give tower="),
     ("rae-dinov2-base", dict(stage="projected"), "stage 'normed_plain'", "load_encoder(..., stage='normed_plain')"),
-    ("rae-dinov2-base", dict(layout="cls_patch", num_tokens=261), "layout 'patch_only'",
+    ("rae-dinov2-base", dict(layout="grid_64", num_tokens=64), "layout 'patch_only'",
      "load_encoder(..., layout='patch_only')"),
     ("rae-dinov2-base", dict(image_size=518, num_tokens=1369), "image_size 224", "load_encoder(..., size=224)"),
     ("rae-dinov2-base", dict(image_size=None, num_tokens=1369), "num_tokens 256", "load_encoder(..., size=224)"),
@@ -377,10 +378,18 @@ def test_the_same_weights_under_another_name_and_what_is_not_known():
     check_reads(row, reads("versatile-diffusion") | dict(model="openai/clip-vit-large-patch14"))
     check_reads(row, dict(model="unknown", stage="unknown"))
     check_reads(row, {})
+    check_reads(PUBLIC_DECODERS["siglip2-sana"].reads, {})
+
+def test_tokens_in_front_of_the_patches_are_no_difference():
+    row = PUBLIC_DECODERS["rae-dinov2-base"].reads
+    check_reads(row, reads("rae-dinov2-base") | dict(layout="cls_patch", num_tokens=261, prefix=5))
+    dec = load_public_decoder("rae-dinov2-small", a_rae("dinov2"))
+    x = torch.randn(2, dec.contract["num_tokens"] + 5, dec.contract["width"])
+    torch.testing.assert_close(dec.pictures(x), dec.pictures(x[:, 5:]))
 
 def test_tokens_of_another_shape_are_refused():
     dec = load_public_decoder("rae-dinov2-small", a_rae("dinov2"))
-    for shape in ((2, 17, 64), (2, 16, 32), (2, 64, 4, 4)):
+    for shape in ((2, 25, 64), (2, 16, 32), (2, 64, 4, 4)):
         with pytest.raises(InputError, match=r"this decoder reads \[B, 16, 64\], as load_encoder\('facebook/dinov2"):
             dec.pictures(torch.randn(shape))
 
