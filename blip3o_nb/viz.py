@@ -89,7 +89,8 @@ def show_images(
     titles=None, # one string an image
     axs=None,    # axes to draw on, at least as many as there are images
     ncols:int=8,
-    size:float=.9 # inches an image
+    size:float=.9, # inches an image
+    rows=None    # one string a row, left of it
 ) -> np.ndarray: # the axes, flat
     "Images in a grid, row by row; raises `InputError` for an empty list"
     n = len(images)
@@ -97,13 +98,15 @@ def show_images(
     ncols = min(ncols, n)
     nrows = -(-n//ncols)
     if axs is None:
-        inches = size*ncols, (size + .25*bool(titles))*nrows
+        inches = size*ncols + .25*bool(rows), (size + .25*bool(titles))*nrows
         axs = plt.subplots(nrows, ncols, figsize=inches, squeeze=False, layout="constrained")[1]
     axs = np.atleast_1d(axs).ravel()
     for ax in axs: ax.axis("off")
     for ax, im, title in zip(axs, images, titles or [""]*n):
         ax.imshow(as_array(im), cmap="gray")
         ax.set_title(title, fontsize="x-small", parse_math=False)
+    beside = dict(rotation=90, ha="right", va="center", fontsize="x-small")
+    for ax, name in zip(axs[::ncols], rows or []): ax.text(-.06, .5, name, transform=ax.transAxes, **beside)
     return axs
 
 # %% ../nbs/02_viz.ipynb #c7f6de6f

@@ -10,7 +10,7 @@ __all__ = ['SAME', 'FLOW_FIELDS', 'TASK_FIELDS', 'READS', 'USUALLY', 'DECODERS',
            'patches_of', 'check_reads', 'encoder_call', 'load_decoder', 'as_read', 'write_samples']
 
 # %% ../../nbs/5_generation/01_pipeline.ipynb #197cc024
-import hashlib, json
+import hashlib, json, re
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -491,8 +491,9 @@ def captions(self:Pipeline, x,
 # %% ../../nbs/5_generation/01_pipeline.ipynb #98c02c24
 # What a decoder may say that it reads. A part is passed over where one of those behind it differs already.
 READS = dict(model=(), weights=("model",), fingerprint=("model", "weights"), stage=(), layers=(), reduce=(),
-             layout=(), prefix=("layout",), image_size=("model",), num_tokens=("model", "layout", "image_size"),
-             width=("model", "stage"), embed_dim=("model",), scale=())
+             layout=(), prefix=("layout",), image_size=("model",),
+             num_tokens=("model", "layout", "image_size"), width=("model", "stage"), embed_dim=("model",),
+             scale=())
 USUALLY = dict(layers=[-1], scale="raw") # where a contract says a stage, and not these
 
 def patches_of(reads:dict, given:dict) -> dict: # both contracts
@@ -582,23 +583,31 @@ def fitting(self:Pipeline, decoder):
     return decoder
 
 @patch
-def pictures(self:Pipeline,
-    x,            # as of a call
-    decoder=None, # as `load_decoder` takes it; default: that of `from_pretrained`
-    **options     # of a call
+def decode(self:Pipeline,
+    tokens:torch.Tensor, # of the target, real or generated `[B, N, D]`
+    decoder=None         # as `load_decoder` takes it; default: that of `from_pretrained`
 ) -> torch.Tensor: # `[B, 3, H, W]` in [0, 1], on the CPU
-    "Images of the tokens that are generated from `x`; raises `InputError` without a decoder that fits"
+    "Images of tokens; raises `InputError` without a decoder that fits"
     decoder = self.decoder if decoder is None else self.fitting(decoder)
     if decoder is None:
         raise InputError("tokens become images by a decoder: name one, from_pretrained(folder, decoder=), or "
                          "fit one with Decoder.fit(folder, column, images)")
-    tokens = as_read(self(x, **options), getattr(decoder, "contract", None) or {})
+    tokens = as_read(tokens, getattr(decoder, "contract", None) or {})
     y = decoder.pictures(tokens).float().cpu()
     fine = y.ndim == 4 and y.shape[:2] == (len(tokens), 3) and y.min() >= 0 and y.max() <= 1
     if not fine:
         raise InputError(f"pictures of {type(decoder).__name__} gave {list(y.shape)}, which are no images: "
                          "return [B, 3, H, W] in [0, 1]")
     return y
+
+@patch
+def pictures(self:Pipeline,
+    x,            # as of a call
+    decoder=None, # as of `decode`
+    **options     # of a call
+) -> torch.Tensor: # `[B, 3, H, W]` in [0, 1], on the CPU
+    "Images of the tokens that are generated from `x`; raises `InputError` without a decoder that fits"
+    return self.decode(self(x, **options), decoder)
 
 # %% ../../nbs/5_generation/01_pipeline.ipynb #7ac9a37d
 def _identity(
@@ -680,11 +689,22 @@ def _made(pipe, source, span, file, dtype, options):
     save_tensors(file, data, {k: json.dumps(v) for k, v in said.items()})
     return data, about, bad
 
+# %% ../../nbs/5_generation/01_pipeline.ipynb #d65e138c
+def _save_images(pipe, tokens, about, folder, first):
+    "Draw tokens as PNG files; returns the lines, each with its file"
+    folder.mkdir(exist_ok=True)
+    lines, pixels = [], (pipe.decode(tokens.float())*255).round().byte()
+    for i, (line, x) in enumerate(zip(about, pixels), first):
+        name = f"{i:06d}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', line['key'])[-80:]}.png"
+        with atomic_path(folder/name) as tmp: Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp, "PNG")
+        lines.append({**line, "image": f"{folder.name}/{name}"})
+    return lines
+
 # %% ../../nbs/5_generation/01_pipeline.ipynb #cf1f4a29
 def write_samples(
     pipe:Pipeline,   # from `from_pretrained`
     source,          # images as `read_images` takes them
-    out:str|Path,    # gets samples-00000.safetensors, ... with `tokens` `[n, N, D]`; and samples.jsonl
+    out:str|Path,    # gets samples-00000.safetensors, ... with `tokens` `[n, N, D]`; samples.jsonl; images/
     texts:list=(),   # candidate captions: the three nearest are noted for each image
     dtype:torch.dtype=torch.float16, # of the tokens
     chunk:int=256,   # images a file
@@ -709,6 +729,7 @@ def write_samples(
         if texts and about:
             near = nearest(data["embeddings"], known).tolist()
             about = [{**a, "captions": [texts[t] for t in row]} for a, row in zip(about, near)]
+        if pipe.decoder and about: about = _save_images(pipe, data["tokens"], about, out/"images", len(lines))
         lines += about
         skipped |= bad
     text = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in lines)

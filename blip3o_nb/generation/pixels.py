@@ -8,7 +8,8 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/5_generation/pixels.html.md"""
 __all__ = ['RAE', 'KINDS', 'DECODER_FIELDS', 'SHIPPED_DECODERS', 'PixelScale', 'patchify', 'unpatchify', 'neighbourhood',
            'decoded', 'check_sizes', 'LinearDecoder', 'sincos_positions', 'DecoderConfig', 'DecoderAttention',
            'DecoderBlock', 'ViTDecoder', 'differences', 'edge_loss', 'Reencoding', 'PixelLoss', 'PixelRows',
-           'pixel_dls', 'TokenNoise', 'PixelCallback', 'DecoderLearner', 'decoder_learner', 'Decoder', 'psnr', 'ssim']
+           'pixel_dls', 'TokenNoise', 'PixelCallback', 'DecoderLearner', 'decoder_learner', 'Decoder',
+           'shipped_decoder', 'psnr', 'ssim']
 
 # %% ../../nbs/5_generation/02_pixels.ipynb #e373e914
 import math
@@ -593,6 +594,17 @@ def from_pretrained(cls:Decoder,
         weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         model = _build(f, weights)
     return cls(model, norm, f["contract"], f["image_size"], f["training"]).to(default_device(device))
+
+# %% ../../nbs/5_generation/02_pixels.ipynb #9c4f82e0
+def shipped_decoder(
+    contract:dict # of a column
+) -> str|None:
+    "The name of the shipped decoder that reads a column, or None"
+    name = contract.get("model")
+    if name not in SHIPPED_DECODERS: return None
+    try: check_reads(read_json(data_path(SHIPPED_DECODERS[name])/"decoder.json")["contract"], contract)
+    except InputError: return None
+    return name
 
 # %% ../../nbs/5_generation/02_pixels.ipynb #dde60e8e
 def psnr(
