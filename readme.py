@@ -17,7 +17,7 @@ def take_figure(name, notebook, begins):
     [png] = [o["data"]["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
     (ROOT/f"nbs/images/{name}.png").write_bytes(base64.b64decode("".join(png)))
 
-CANDIDATES, SHOWN = 100, 6 # new drawings whose captions are the candidates of the gallery, and how many are shown
+CANDIDATES, SHOWN, COLUMNS = 100, 6, 8 # new drawings whose captions are the candidates of the gallery; shown there, and as images
 
 def drawn_at_random(held, source):
     "Positions of some held-out images that are new drawings of known things"
@@ -26,6 +26,20 @@ def drawn_at_random(held, source):
     new = [i for i, k in enumerate(held.keys) if kinds[k] == "drawing"]
     order = torch.randperm(len(new), generator=torch.Generator().manual_seed(0))[:CANDIDATES]
     return torch.tensor(new)[order]
+
+def draw_pictures(run, held, at, made, source):
+    "Draw some held-out images beside what the decoder makes of their real and of generated tokens"
+    import torch
+    from blip3o_nb.generation.pipeline import Pipeline
+    from blip3o_nb.generation.pixels import PixelRows
+    from blip3o_nb.viz import fig_to_png, show_images
+    other = Pipeline.from_pretrained(run/"regression", decoder="tiny-clip")
+    real = PixelRows(held, source, other.encoder("clip")).rows(at)/255
+    by_other = torch.cat([other(held.rows("eva", i[None])) for i in at])
+    drawn = [other.decode(t) for t in (held.rows("clip", at), made, by_other)]
+    rows = ["image", "real tokens", "flow", "regression"]
+    axs = show_images(torch.cat([real, *drawn]), ncols=len(at), size=.92, rows=rows)
+    (ROOT/"nbs/images/demo_pictures.png").write_bytes(fig_to_png(axs[0].figure, 150))
 
 def take_over(run):
     "Take a run's report, draw its gallery, and count how many first captions in it are right"
@@ -48,6 +62,7 @@ def take_over(run):
     report = read_json(run/"report.json")
     report["gallery"] = dict(images=len(captions), real=right(by_real), generated=right(by_made))
     write_json(ROOT/"nbs/demo_report.json", report)
+    draw_pictures(run, held, at[:COLUMNS], made[:COLUMNS], source)
     images = [source[source.keys.index(held.keys[i])].image for i in at[:SHOWN]]
     axs = gallery(images, captions[:SHOWN], by_real[:SHOWN], by_made[:SHOWN])
     (ROOT/"nbs/images/demo_gallery.png").write_bytes(fig_to_png(axs[0, 0]))

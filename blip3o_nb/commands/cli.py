@@ -149,7 +149,9 @@ def load_encoders(
 
 def demo_steps(config:TrainingConfig, images, encoders:dict, out:Path, done:list, limit:int=0, **about):
     "Extract, train what is not done, and report"
+    from blip3o_nb.core import get_task
     from blip3o_nb.features.extract import extract
+    from blip3o_nb.generation.pixels import shipped_decoder
     from blip3o_nb.judging.evaluate import evaluate
     from blip3o_nb.runs.runs import train
     features = out/"features"
@@ -162,8 +164,10 @@ def demo_steps(config:TrainingConfig, images, encoders:dict, out:Path, done:list
         train(replace(config, objective=objective, eval_samples=0, **places), limit=limit, **about)
     if len(done) == 2 and (out/"report.html").exists(): print("report: there already, reused")
     else:
-        checkpoints = [out/n for n in ("checkpoint", "regression")]
-        show_report(evaluate(checkpoints, features, out, seed=config.seed), out, images)
+        checkpoints, target = [out/n for n in ("checkpoint", "regression")], get_task(config.task).target
+        decoder = shipped_decoder(encoders[target].contract) # or None
+        seen = dict(decoder=decoder, images=images) if decoder else {}
+        show_report(evaluate(checkpoints, features, out, seed=config.seed, **seen), out, images)
 
 # %% ../../nbs/8_commands/02_cli.ipynb #0a51cea7
 def models_of(
@@ -501,6 +505,7 @@ def blip3o_eval(
     embeddings_dir:str=RunOptions.embeddings_dir, # feature shards
     out:str="evaluation", # folder of the report; an evaluation that was stopped resumes there
     images:str|None=None, # images of the same keys, as for blip3o_extract: the report shows some of them
+    decode:str|None=None, # decoder of the tokens: tiny-clip, a folder, or public:NAME; images are judged, too
     classes:str|None=None, # CSV with the class of each image, for zero-shot classification: key,class
     split:str="held_out", # held_out, or train to see what was learned by heart (also --same_data_eval)
     num_samples:int|None=None, # the first so many images; None: all
@@ -513,9 +518,11 @@ def blip3o_eval(
     check_numbers(seed, bs=bs, samples=samples, num_samples=num_samples)
     checkpoints = checkpoints_of([checkpoint] if isinstance(checkpoint, str) else checkpoint)
     known, source = read_classes(classes) if classes else None, open_images(images) if images else None
+    if decode and not images: raise InputError("--decode takes --images: those of the features")
     from blip3o_nb.judging.evaluate import evaluate
     check_folder(out)
     some = {} if num_samples is None else dict(num_samples=num_samples)
+    if decode: some |= dict(decoder=decode, images=source)
     report = evaluate(checkpoints, embeddings_dir, out, split, samples=samples, classes=known, task=task,
                       seed=seed, bs=bs, **some)
     page, figures = show_report(report, out, source), Path(out)/"figures"
