@@ -442,7 +442,8 @@ def _images_note(report): # the two errors, and a floor
     return (f"Images: the real tokens decode to {real:.1f} dB of the images. That is the error of the "
             f"decoder, and what {main.name} would reach without one of its own. {main.name} decodes to "
             f"{both:.1f} dB of the images and to {own:.1f} dB of the decoded real tokens; the latter is the "
-            f"error of {main.name} alone. " + _beside(main, report.row("nearest training image"), "PSNR", "PSNR"))
+            f"error of {main.name} alone. "
+            + _beside(main, report.row("nearest training image"), "PSNR", "PSNR"))
 
 # %% ../../nbs/6_judging/03_evaluate.ipynb #e05f137e
 NOTES = {"i2t R@5": _captions_note, "zero-shot top-1": _classes_note, "calibration": _calibration_note,
