@@ -15,7 +15,8 @@ from blip3o_nb.files import InputError, data_path, read_json, write_json
 from blip3o_nb.generation import pixels as px
 from blip3o_nb.generation.pipeline import Pipeline, save_checkpoint
 from blip3o_nb.generation.pixels import (Decoder, DecoderConfig, TokenNoise, ViTDecoder,
-                                         decoder_learner, patchify, pixel_dls, psnr, ssim)
+                                         decoder_learner, patchify, pixel_dls)
+from blip3o_nb.judging.metrics import psnr, ssim
 from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
 from blip3o_nb.runs.resume import CheckpointCallback
 from blip3o_nb.training.learner import flow_learner

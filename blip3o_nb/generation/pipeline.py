@@ -7,7 +7,7 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/5_generation/pipeline.html.md"""
 # %% auto #0
 __all__ = ['SAME', 'FLOW_FIELDS', 'TASK_FIELDS', 'READS', 'USUALLY', 'DECODERS', 'check_contract', 'Pipeline', 'encoder_of',
            'save_checkpoint', 'check_fields', 'reading', 'stored_task', 'read_flow', 'stored_normalizer', 'nearest',
-           'patches_of', 'check_reads', 'encoder_call', 'load_decoder', 'as_read', 'write_samples']
+           'patches_of', 'check_reads', 'encoder_call', 'load_decoder', 'as_read', 'drawn_by', 'write_samples']
 
 # %% ../../nbs/5_generation/01_pipeline.ipynb #197cc024
 import hashlib, json, re
@@ -573,6 +573,18 @@ def as_read(tokens:torch.Tensor, reads:dict) -> torch.Tensor: # `[B, N, D]`; con
     if reads.get("layout") != "patch_only" or grid and n not in (None, grid**2): return tokens
     return tokens[:, -(n or grid**2):]
 
+def drawn_by(
+    decoder,            # from `load_decoder`
+    tokens:torch.Tensor # `[B, N, D]`, of the column that it reads
+) -> torch.Tensor: # `[B, 3, H, W]` in [0, 1], on the CPU
+    "Images of tokens; raises `InputError` for a decoder that gives something else"
+    y = decoder.pictures(as_read(tokens, getattr(decoder, "contract", None) or {})).float().cpu()
+    fine = y.ndim == 4 and y.shape[:2] == (len(tokens), 3) and y.min() >= 0 and y.max() <= 1
+    if not fine:
+        raise InputError(f"pictures of {type(decoder).__name__} gave {list(y.shape)}, which are no images: "
+                         "return [B, 3, H, W] in [0, 1]")
+    return y
+
 # %% ../../nbs/5_generation/01_pipeline.ipynb #209a53b0
 @patch
 def fitting(self:Pipeline, decoder):
@@ -592,13 +604,7 @@ def decode(self:Pipeline,
     if decoder is None:
         raise InputError("tokens become images by a decoder: name one, from_pretrained(folder, decoder=), or "
                          "fit one with Decoder.fit(folder, column, images)")
-    tokens = as_read(tokens, getattr(decoder, "contract", None) or {})
-    y = decoder.pictures(tokens).float().cpu()
-    fine = y.ndim == 4 and y.shape[:2] == (len(tokens), 3) and y.min() >= 0 and y.max() <= 1
-    if not fine:
-        raise InputError(f"pictures of {type(decoder).__name__} gave {list(y.shape)}, which are no images: "
-                         "return [B, 3, H, W] in [0, 1]")
-    return y
+    return drawn_by(decoder, tokens)
 
 @patch
 def pictures(self:Pipeline,

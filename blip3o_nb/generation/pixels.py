@@ -9,7 +9,7 @@ __all__ = ['RAE', 'KINDS', 'DECODER_FIELDS', 'SHIPPED_DECODERS', 'PixelScale', '
            'decoded', 'check_sizes', 'LinearDecoder', 'sincos_positions', 'DecoderConfig', 'DecoderAttention',
            'DecoderBlock', 'ViTDecoder', 'differences', 'edge_loss', 'Reencoding', 'PixelLoss', 'PixelRows',
            'pixel_dls', 'TokenNoise', 'PixelCallback', 'DecoderLearner', 'decoder_learner', 'Decoder',
-           'shipped_decoder', 'psnr', 'ssim']
+           'shipped_decoder']
 
 # %% ../../nbs/5_generation/02_pixels.ipynb #e373e914
 import math
@@ -605,24 +605,3 @@ def shipped_decoder(
     try: check_reads(read_json(data_path(SHIPPED_DECODERS[name])/"decoder.json")["contract"], contract)
     except InputError: return None
     return name
-
-# %% ../../nbs/5_generation/02_pixels.ipynb #dde60e8e
-def psnr(
-    made:torch.Tensor, real:torch.Tensor # `[B, 3, H, W]` in [0, 1]
-) -> torch.Tensor: # `[B]`, in decibels; at most 100
-    "Peak signal-to-noise ratio of each image"
-    return -10*(made - real).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
-
-def ssim(
-    made:torch.Tensor, real:torch.Tensor, # `[B, 3, H, W]` in [0, 1], at least `window` pixels a side
-    window:int=11, sigma:float=1.5        # pixels: side of a window, and deviation of its weights
-) -> torch.Tensor: # `[B]`, 1 for equal images
-    "Structural similarity of each image (Wang et al., 2004)"
-    w = (-(torch.arange(window) - window//2).double()**2/(2*sigma**2)).exp()
-    w = (w/w.sum()).outer(w/w.sum()).to(made)[None, None]                               # [1, 1, 11, 11]
-    def mean(x): return F.conv2d(x.flatten(0, 1)[:, None], w)[:, 0].unflatten(0, x.shape[:2])
-    a, b = mean(made), mean(real)
-    va, vb, cov = mean(made*made) - a*a, mean(real*real) - b*b, mean(made*real) - a*b
-    c1, c2 = .01**2, .03**2
-    score = (2*a*b + c1)*(2*cov + c2)/((a*a + b*b + c1)*(va + vb + c2))                 # [B, 3, H-10, W-10]
-    return score.mean((1, 2, 3))

@@ -9,7 +9,7 @@ __all__ = ['TOKENS', 'IMAGES', 'EVIDENCE', 'FILES', 'TABLE', 'METRICS', 'TITLES'
            'bootstrap', 'Evidence', 'Figure', 'Metric', 'on_tokens', 'register', 'Known', 'measure', 'patch_cosine',
            'token_scores', 'bands_of', 'quality_band', 'sphere_violation', 'unique_captions', 'best_rank', 'retrieval',
            'chance_level', 'class_embeddings', 'zero_shot', 'zero_shot_chance', 'frechet_distance', 'mmd', 'cka',
-           'knn_overlap', 'half_sampling', 'diversity', 'spread_error', 'calibration', 'derangement']
+           'knn_overlap', 'half_sampling', 'diversity', 'spread_error', 'calibration', 'psnr', 'ssim', 'derangement']
 
 # %% ../../nbs/6_judging/01_metrics.ipynb #a7f26605
 import re, warnings
@@ -65,6 +65,10 @@ TOKENS = { # while a batch is judged
     "center": Evidence("`[N, D]`, mean of the training tokens"),
     "directions": Evidence("`[b, N, D]`, generated tokens of a task whose tokens have unit norm"),
     "samples": Evidence("`[k, b, N, D]`, two or more samples of each image"),
+    "image": Evidence("`[b, 3, H, W]` in [0, 1], the images as the target's encoder saw them"),
+    "drawn": Evidence("`[b, 3, H, W]` in [0, 1], what a decoder makes of the generated tokens"),
+    "drawn_real": Evidence("`[b, 3, H, W]` in [0, 1], what it makes of the real tokens"),
+    "again": Evidence("`[b, N, D]`, tokens of the drawn images, by the target's encoder"),
 }
 IMAGES = { # when all images have been seen
     "embeddings": Evidence("`[n, E]`, of generated tokens"),
@@ -74,6 +78,9 @@ IMAGES = { # when all images have been seen
     "own": Evidence("`[n]`, which of the captions belongs to each image"),
     "classes": Evidence("`[c, E]`, of the names of the classes"),
     "labels": Evidence("`[n]`, the class of each image, -1 for none"),
+    "again_embeddings": Evidence("`[n, E]`, of the drawn images, by the target's encoder"),
+    "drawn_cloud": Evidence("`[m, F]`, of the first drawn images, by a second encoder"),
+    "image_cloud": Evidence("`[m, F]`, of the same images themselves, by the second encoder"),
 }
 EVIDENCE = TOKENS | IMAGES # more of it is added below, beside the functions that work it out
 
@@ -108,7 +115,7 @@ class Metric:
 
 # %% ../../nbs/6_judging/01_metrics.ipynb #e7591877
 METRICS = {} # name -> row
-TITLES = ("training", "spectrum", "steps", "patches", "places", "captions") # of other figures of a report
+TITLES = ("pictures", "training", "spectrum", "steps", "patches", "places", "captions") # of a report
 
 def on_tokens(needs) -> bool:
     "Whether all of this is there, or is worked out, while a batch is judged"
@@ -520,6 +527,46 @@ register(
     Metric("error", itemgetter(1), ("spread_error",), shown=()))
 register(Metric("calibration", lambda spread, error: (spread.mean()/error.mean()).item(), ("spread", "error"),
                 better="one", group="Samples", halves=100))
+
+# %% ../../nbs/6_judging/01_metrics.ipynb #931c964b
+def psnr(
+    made:torch.Tensor, real:torch.Tensor # `[B, 3, H, W]` in [0, 1]
+) -> torch.Tensor: # `[B]`, in decibels; at most 100
+    "Peak signal-to-noise ratio of each image"
+    return -10*(made - real).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
+
+def ssim(
+    made:torch.Tensor, real:torch.Tensor, # `[B, 3, H, W]` in [0, 1], at least `window` pixels a side
+    window:int=11, sigma:float=1.5        # pixels: side of a window, and deviation of its weights
+) -> torch.Tensor: # `[B]`, 1 for equal images
+    "Structural similarity of each image (Wang et al., 2004)"
+    w = (-(torch.arange(window) - window//2).double()**2/(2*sigma**2)).exp()
+    w = (w/w.sum()).outer(w/w.sum()).to(made)[None, None]                      # [1, 1, 11, 11]
+    def mean(x): return F.conv2d(x.flatten(0, 1)[:, None], w)[:, 0].unflatten(0, x.shape[:2])
+    a, b = mean(made), mean(real)
+    va, vb, cov = mean(made*made) - a*a, mean(real*real) - b*b, mean(made*real) - a*b
+    c1, c2 = .01**2, .03**2
+    score = (2*a*b + c1)*(2*cov + c2)/((a*a + b*b + c1)*(va + vb + c2))        # [B, 3, H-10, W-10]
+    return score.mean((1, 2, 3))
+
+# %% ../../nbs/6_judging/01_metrics.ipynb #9b479630
+def _decibels(made, real): return None if made is real else psnr(made, real) # no number for no error
+def _structure(made, real): return ssim(made, real) if min(made.shape[-2:]) > 10 else None
+def _again(again, real): return patch_cosine(again, real).mean(1)
+
+_DRAWN = dict(group="Decoded images")
+_PSNR = Figure("Decoded", caption="Decoded tokens against the image. Floor: shuffled conditioning. Ceiling: "
+               "the decoded real tokens.")
+EVIDENCE |= {"again_hits": Evidence("name -> hits of retrieval", retrieval,
+                                    ("again_embeddings", "texts", "own"))}
+register(
+    Metric("PSNR", _decibels, ("drawn", "image"), "dB", shown=TABLE, figures=(_PSNR,), **_DRAWN),
+    Metric("SSIM", _structure, ("drawn", "image"), **_DRAWN),
+    Metric("PSNR to decoded real", _decibels, ("drawn", "drawn_real"), "dB", **_DRAWN),
+    Metric("re-encoded cosine", _again, ("again", "real"), **_DRAWN),
+    Metric("re-encoded R@5", itemgetter("i2t R@5"), ("again_hits",), shown=TABLE, **_DRAWN),
+    *[Metric(f"{name} of images", of, ("drawn_cloud", "image_cloud"), better="less", halves=20, least=4,
+             paired=False, **_DRAWN) for name, of in (("Fréchet", frechet_distance), ("MMD", mmd))])
 
 # %% ../../nbs/6_judging/01_metrics.ipynb #f3ee8855
 def derangement(
