@@ -253,7 +253,7 @@ def plot_strips(
         for line, what, x in zip(pair, ("is", "expects"), (trace.xt, trace.x1)):
             _labelled(line, f"{name}\n{what}", [*pictures(x), *own])
         if image is not None: show_images([image], axs=pair[1, -1:])
-    titles = [f"t = {t:.2f}" for t in trace.times] + ["own tokens"]
+    titles = [f"t = {t:.3g}" for t in trace.times] + ["own tokens" + ", image"*(image is not None)]
     for ax, title in zip(axs[0], titles): ax.set_title(title, fontsize="x-small")
     return axs
 
