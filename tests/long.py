@@ -45,4 +45,5 @@ FIRST = { # other notebooks that take long: they are started first, so that none
     "nbs/5_generation/03_widgets.ipynb": 16,
     "nbs/5_generation/04_public_decoders.ipynb": 75, # tests/test_public_decoders.py stays
     "nbs/8_commands/02_cli.ipynb": 40,
+    "nbs/experiments/wrong_tokens.ipynb": 55,
 }

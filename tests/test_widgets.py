@@ -37,10 +37,15 @@ def small(folder, task):
     pipe.encoders = dict.fromkeys((task.target, task.cond), ToyEncoder())
     return pipe, ds
 
+class Colours:
+    "A stranger's decoder: an image in one colour, by three channels of the mean token"
+    def pictures(self, tokens): return tokens.mean(1)[:, :3, None, None].sigmoid().expand(-1, 3, 8, 8)
+
 NAMES = "conditioning_mixer, path_explorer, shard_browser"
-FIRST = (inspect.getsource(small), "pipe, ds = small('features', 'clip_generation')",
+FIRST = (inspect.getsource(small), inspect.getsource(Colours), "pipe, ds = small('features', 'clip_generation')",
          f"from blip3o_nb.generation.widgets import {NAMES}")
-CELLS = ["\n".join(FIRST), "shard_browser(ds)", "path_explorer(pipe, ds)", "conditioning_mixer(pipe, ds)"]
+CELLS = ["\n".join(FIRST), "shard_browser(ds)", "path_explorer(pipe, ds)",
+         "conditioning_mixer(pipe, ds, decoder=Colours())"]
 
 def until(what, seconds, ready):
     end = time.time() + seconds
@@ -214,3 +219,29 @@ def test_flow_on_the_sphere(tmp_path):
     assert torch.allclose(trace.xt[-1:], made, atol=1e-5)
     w = {name: x.norm(dim=-1) for name, x in ways(trace).items()}
     assert (w["great circle (slerp)"] - 1).abs().max() < 1e-5 and w["straight line"][5].max() < .9
+
+def test_a_strangers_decoder_shows_images(tmp_path):
+    "One that is given, or the pipeline's own; one that reads other tokens is refused before anything is drawn"
+    import torch
+    from blip3o_nb.files import InputError
+    from blip3o_nb.generation.widgets import conditioning_mixer, follow, path_explorer, pictures_of, plot_strips
+    pipe, ds = small(tmp_path/"features", "eva_denoising")
+    assert pictures_of(pipe) is None and "flow, t" not in path_explorer(pipe, ds).note.value
+    trace = follow(pipe, ds[3], "euler", 4, points=5)
+    made = pictures_of(pipe, Colours())(trace.x1)
+    assert torch.allclose(made, Colours().pictures(pipe.target_norm.decode(trace.x1)), atol=1e-6)
+    pipe.decoder = Colours()
+    for box, name, value, says in ((path_explorer(pipe, ds), "t", .9, "flow, t = 0.90"),
+                                   (conditioning_mixer(pipe, ds), "weight of B", .8, "weight 0.80")):
+        control = next(c for c in box.controls.values() if c.description == name)
+        before = box.image.value.tobytes()
+        control.value = value
+        assert says in box.note.value and box.image.value.tobytes() != before
+    axs = plot_strips({"flow": pipe}, ds[3], steps=4)
+    shown = torch.stack([torch.tensor(ax.images[0].get_array()).movedim(2, 0) for ax in axs[1, :5]])
+    assert axs.shape == (2, 6) and torch.allclose(shown, made, atol=1e-5)
+    other = Colours()
+    other.contract = {"model": "another"}
+    for widget in (path_explorer, conditioning_mixer):
+        with pytest.raises(InputError, match="the decoder reads tokens of model 'another'"):
+            widget(pipe, ds, decoder=other)

@@ -6,12 +6,12 @@ Docs: https://blip3o-nb.github.io/blip3o_nb/5_generation/widgets.html.md"""
 
 # %% auto #0
 __all__ = ['explorer', 'slider', 'image_getter', 'token_images', 'show_sample', 'shard_browser', 'Trace', 'follow', 'ways',
-           'plane', 'candidates', 'plot_nearest', 'plot_trace', 'path_explorer', 'mix', 'plot_mix',
-           'conditioning_mixer']
+           'plane', 'pictures_of', 'plot_strips', 'candidates', 'plot_nearest', 'plot_trace', 'path_explorer', 'blends',
+           'mix', 'plot_mix', 'conditioning_mixer']
 
 # %% ../../nbs/5_generation/03_widgets.ipynb #7b4d19cc
 import html, io, textwrap
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 import ipywidgets as W, matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
 from ..files import InputError
@@ -20,7 +20,7 @@ from ..flow.paths import LinearPath, SlerpPath
 from ..flow.samplers import SOLVERS, VelocityField, evaluating, prediction_of, prepared, sample
 from ..features.images import Unreadable, read_images
 from ..features.shards import FeatureDataset
-from .pipeline import Pipeline
+from .pipeline import Pipeline, as_read
 from ..viz import CEILING, CYCLE, FLOOR, marks, shorten, show_images, token_map, token_rgb
 
 # %% ../../nbs/5_generation/03_widgets.ipynb #ac86ef39
@@ -210,6 +210,53 @@ def plane(points:list) -> tuple: # mean `[D]` and directions `[D, 2]`
     y = (x - mean) @ v
     return mean, v*(y[-1] - y[0]).sign()
 
+# %% ../../nbs/5_generation/03_widgets.ipynb #f9849a7b
+def pictures_of(
+    pipe:Pipeline,
+    decoder=None # as `load_decoder` takes it; default: that of the pipeline
+): # tokens on the model's scale `[B, N, D]` -> images `[B, 3, H, W]`; None where there is no decoder
+    "What makes images of the tokens of a `Trace`; raises `InputError` for a decoder that does not fit"
+    decoder = pipe.decoder if decoder is None else pipe.fitting(decoder)
+    if decoder is None: return None
+    reads = getattr(decoder, "contract", None) or {}
+    def pictures(tokens):
+        back = pipe.target_norm.decode(tokens.to(pipe.device)).float().cpu()
+        return decoder.pictures(as_read(back, reads)).float().cpu()
+    return pictures
+
+# %% ../../nbs/5_generation/03_widgets.ipynb #3b0aa88e
+def _labelled(line, name, images):
+    "A row of images, with its name in front"
+    show_images(images, axs=line)
+    line[0].text(-.1, .5, name, transform=line[0].transAxes, ha="right", va="center", fontsize="small")
+
+def plot_strips(
+    flows:dict,     # name -> `Pipeline`
+    sample_of:dict, # of a `FeatureDataset`
+    decoder=None,   # as `load_decoder` takes it; default: that of each pipeline
+    image=None,     # the image
+    steps:int=8,    # of Euler's method
+    seed:int=0,     # of the noise
+    size:float=.8,  # inches an image
+    **options       # of `follow`
+) -> np.ndarray: # `[2*flows, steps+2]` axes; images of the sample itself stand in the last column
+    "An image forming from noise over the evaluations: where each flow is, and what it expects"
+    shape = 2*len(flows), steps + 2
+    inches = size*(shape[1] + 1.4), size*shape[0] + .25
+    axs = plt.subplots(*shape, figsize=inches, layout="constrained", squeeze=False)[1]
+    for pair, (name, pipe) in zip(axs.reshape(-1, 2, steps + 2), flows.items()):
+        pictures = pictures_of(pipe, decoder)
+        if pictures is None:
+            raise InputError(f"'{name}' has no decoder, so there are no images to show: give decoder=")
+        trace = follow(pipe, sample_of, "euler", steps, seed=seed, points=steps + 1, **options)
+        own = pictures(trace.real[None])
+        for line, what, x in zip(pair, ("is", "expects"), (trace.xt, trace.x1)):
+            _labelled(line, f"{name}\n{what}", [*pictures(x), *own])
+        if image is not None: show_images([image], axs=pair[1, -1:])
+    titles = [f"t = {t:.3g}" for t in trace.times] + ["own tokens" + ", image"*(image is not None)]
+    for ax, title in zip(axs[0], titles): ax.set_title(title, fontsize="x-small")
+    return axs
+
 # %% ../../nbs/5_generation/03_widgets.ipynb #2d7023af
 def candidates(
     pipe:Pipeline, ds:FeatureDataset,
@@ -272,6 +319,16 @@ def _draw_cosines(ax, trace, others):
     ax.legend(fontsize="x-small", loc="lower left")
 
 # %% ../../nbs/5_generation/03_widgets.ipynb #af223fed
+def _trace_images(trace, k, image, pictures):
+    "Title -> what is shown of a trace at its time number `k`: tokens as colours, or images of them"
+    first, estimate = "own tokens" if image is None else "image", f"estimate, t = {trace.times[k]:.2f}"
+    if pictures is None:
+        rgb = token_images(torch.cat([trace.real[None], trace.x1]), trace.layout)
+        return {first: rgb[0] if image is None else image, estimate: rgb[1 + k]}
+    own, at, expected = pictures(torch.stack([trace.real, trace.xt[k], trace.x1[k]]))
+    given = {} if image is None else {"image": image}
+    return {**given, "own tokens": own, f"flow, t = {trace.times[k]:.2f}": at, estimate: expected}
+
 def plot_trace(
     trace:Trace,
     t:float,                  # from 0 to 1; the nearest of `trace.times` is shown
@@ -280,17 +337,18 @@ def plot_trace(
     image=None,               # the image
     others:torch.Tensor=None, # embeddings of other images `[R, E]`, for a floor
     token:int|None=None,      # draw the way of this token; default: of all tokens as one long vector
-    axs=None                  # `[2, 3]` axes
-) -> np.ndarray: # `[2, 3]` axes
+    pictures=None,            # of `pictures_of`: show images in place of colours
+    axs=None                  # `[2, 3]` axes, with `pictures` `[2, 4]`
+) -> np.ndarray: # these axes
     "Where a sampler is at time `t`, and what it is heading for"
     if axs is None:
-        shape = dict(figsize=(7.2, 4.8), width_ratios=[1, 1.9, 2.1])
-        axs = plt.subplots(2, 3, **shape, layout="constrained")[1]
+        ratios = [1, 1, 1.9, 2.1] if pictures else [1, 1.9, 2.1]
+        shape = dict(figsize=(8.2 if pictures else 7.2, 4.8), width_ratios=ratios)
+        axs = plt.subplots(2, len(ratios), **shape, layout="constrained")[1]
     k = int((trace.times - t).abs().argmin())
-    t, (way, captions), (length, cosine) = trace.times[k].item(), axs[0, 1:], axs[1, 1:]
-    rgb = token_images(torch.cat([trace.real[None], trace.x1]), trace.layout)
-    first = (rgb[0], "own tokens") if image is None else (image, "image")
-    show_images([first[0], rgb[1 + k]], [first[1], f"estimate, t = {t:.2f}"], axs=axs[:, 0])
+    t, (way, captions), (length, cosine) = trace.times[k].item(), axs[0, -2:], axs[1, -2:]
+    shown = _trace_images(trace, k, image, pictures)
+    show_images([*shown.values()], [*shown], axs=axs[:, :-2].T)
     points = _draw_ways(way, trace, k, token)
     plot_nearest(trace.emb[k], texts, text_emb, (own,), captions).set_title(f"nearest at t = {t:.2f}")
     _draw_lengths(length, trace, points)
@@ -318,28 +376,34 @@ def path_explorer(
     ds:FeatureDataset,   # samples that the model has not seen
     images=None,         # where their images are, as `read_images` takes it
     texts:list|None=None,# candidate captions; default: those of `ds`
-    seed:int=0           # of the noise
+    seed:int=0,          # of the noise
+    decoder=None         # of tokens into images, as `load_decoder` takes it; default: that of `pipe`
 ) -> W.VBox:
     "Follow a flow on its way to an image's tokens: see `follow` and `plot_trace`"
     get, (texts, text_emb) = image_getter(images), candidates(pipe, ds, texts)
+    pictures = pictures_of(pipe, decoder)
     some = torch.linspace(0, len(ds)-1, min(32, len(ds))).long()
     others = pipe.pool(ds.rows(pipe.task.target, some))
     traced = lru_cache(4)(lambda i, *how: follow(pipe, ds[i], *how, seed))
     def draw(image, method, steps, guidance, shown, t):
         trace = traced(image, method, steps, guidance)
         about = ds.captions[image], get(ds.keys[image])
-        return plot_trace(trace, t, texts, text_emb, *about, others, shown)
+        return plot_trace(trace, t, texts, text_emb, *about, others, shown, pictures)
     return explorer(draw, **_flow_controls(pipe, len(ds)))
 
 # %% ../../nbs/5_generation/03_widgets.ipynb #9814123d
-def mix(
+def blends(
     pipe:Pipeline,
     cond:torch.Tensor,    # conditioning tokens of two images `[2, M, C]`
     weights:torch.Tensor, # of the second `[W]`
     seed:int=0, **kw      # as in a call of `pipe`
-) -> torch.Tensor: # `[W, E]`
-    "Embeddings of what is generated from blends of two conditionings, all from the same noise"
-    return torch.cat([pipe.embed(torch.lerp(*cond, w)[None], seed=seed, **kw) for w in weights])
+) -> torch.Tensor: # `[W, N, D]`
+    "What is generated from blends of two conditionings, all from the same noise"
+    return torch.cat([pipe(torch.lerp(*cond, w)[None], seed=seed, **kw) for w in weights])
+
+def mix(pipe:Pipeline, cond:torch.Tensor, weights:torch.Tensor, seed:int=0, **kw) -> torch.Tensor: # `[W, E]`
+    "Embeddings of `blends`"
+    return pipe.pool(blends(pipe, cond, weights, seed, **kw))
 
 # %% ../../nbs/5_generation/03_widgets.ipynb #85e26f78
 def _draw_blends(ax, weights, emb, ends, k, own):
@@ -362,18 +426,22 @@ def plot_mix(
     texts:list, text_emb:torch.Tensor, # candidate captions and their embeddings `[M, E]`
     own:tuple=("", ""),    # captions of the two images
     images:tuple=(None, None), # the images
-    axs=None               # 4 axes: two images, captions, curves
-) -> np.ndarray: # the 4 axes
+    axs=None,              # 4 axes: two images, captions, curves; with `made` a fifth
+    made=None              # images of the blends `[W, 3, H, W]`: the one at `w` is shown on the fifth
+) -> np.ndarray: # these axes
     "What blends of two conditionings give: captions nearest at one weight, cosines to both images over all"
     if axs is None:
-        shape = dict(figsize=(7.2, 4.6), width_ratios=[1, 1, 2])
-        axs = np.array([*plt.subplot_mosaic("ABC;DDD", **shape, layout="constrained")[1].values()])
+        layout, ratios = ("ABC;DDD", [1, 1, 2]) if made is None else ("AEBC;DDDD", [1, 1, 1, 2])
+        shape = dict(figsize=(7.2 if made is None else 8.2, 4.6), width_ratios=ratios)
+        panels = plt.subplot_mosaic(layout, **shape, layout="constrained")[1]
+        axs = np.array([panels[name] for name in sorted(panels)])
     k = int((weights - w).abs().argmin())
     w = weights[k].item()
     for ax, name, im, share in zip(axs, "AB", images, (1 - w, w)):
         ax.axis("off")
         if im is not None: show_images([im], axs=[ax])
         ax.set_title(f"{name}: {share:.0%}")
+    if made is not None: show_images([made[k]], [f"weight {w:.2f}"], axs=axs[4:])
     plot_nearest(emb[k], texts, text_emb, own, axs[2]).set_title(f"nearest at weight {w:.2f}")
     _draw_blends(axs[3], weights, emb, ends, k, own)
     return axs
@@ -385,17 +453,22 @@ def conditioning_mixer(
     images=None,         # where their images are, as `read_images` takes it
     texts:list|None=None,# candidate captions; default: those of `ds`
     seed:int=0,          # of the noise
-    points:int=11        # weights
+    points:int=11,       # weights
+    decoder=None         # of tokens into images, as `load_decoder` takes it; default: that of `pipe`
 ) -> W.VBox:
     "Blend the conditioning of two images: see `mix` and `plot_mix`"
     get, (texts, text_emb) = image_getter(images), candidates(pipe, ds, texts)
     weights, last = torch.linspace(0, 1, points), len(ds) - 1
+    pictures = pictures_of(pipe, decoder)
     @lru_cache(32)
     def mixed(*ab):
         cond, target = (ds.rows(name, torch.tensor(ab)) for name in (pipe.task.cond, pipe.task.target))
-        return mix(pipe, cond, weights, seed), pipe.pool(target)
+        x = blends(pipe, cond, weights, seed)
+        made = pictures(pipe.target_norm.encode(x.to(pipe.device))) if pictures else None
+        return pipe.pool(x), pipe.pool(target), made
     def draw(a, b, weight):
         pair = [ds.captions[i] for i in (a, b)], [get(ds.keys[i]) for i in (a, b)]
-        return plot_mix(weights, *mixed(a, b), weight, texts, text_emb, *pair)
+        emb, ends, made = mixed(a, b)
+        return plot_mix(weights, emb, ends, weight, texts, text_emb, *pair, made=made)
     weight = slider("weight of B", .5, 0., 1., 1/(points-1), live=True)
     return explorer(draw, a=slider("A", 0, 0, last), b=slider("B", last, 0, last), weight=weight)
