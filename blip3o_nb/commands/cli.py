@@ -306,7 +306,7 @@ def score_decoders(
 ) -> tuple: # name -> metric -> one value an image; and name -> some images `[n, 3, H, W]`
     "What decoders make of held-out images, beside those images and the mean of the training images"
     import torch
-    from blip3o_nb.generation.pixels import psnr, ssim
+    from blip3o_nb.judging.metrics import psnr, ssim
     mean, parts, shown = dls.target_stats.mean.float(), [], []
     every = -(-len(dls.valid_ds)//8)
     for tokens, real in dls.valid:
