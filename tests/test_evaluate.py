@@ -1,13 +1,20 @@
 """Evaluations that are large, killed, or fed with what cannot be judged: memory, resumption, and what is said."""
-import json, signal, subprocess, sys, time
+import json, shutil, signal, subprocess, sys, time
+from types import SimpleNamespace
 import pytest, torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from blip3o_nb.files import InputError, read_json, write_json
-from blip3o_nb.core import layout_of, seed_everything, toy_features
+from blip3o_nb.files import InputError, data_path, read_json, write_json
+from blip3o_nb.core import get_task, layout_of, seed_everything, toy_features
 from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
-from blip3o_nb.judging.evaluate import evaluate
-from blip3o_nb.judging.report import patch_grid
+from blip3o_nb.judging.evaluate import IMAGE_ROWS, difference, evaluate, second_eye
+from blip3o_nb.judging.metrics import METRICS, TABLE, Figure, Metric, register
+from blip3o_nb.judging.report import page, patch_grid, table, write_report
+from blip3o_nb.features.encoders import load_encoder
+from blip3o_nb.features.extract import extract
+from blip3o_nb.features.images import read_images
 from blip3o_nb.generation.pipeline import save_checkpoint
+from blip3o_nb.generation.pixels import Decoder
 from blip3o_nb.training.learner import flow_learner
 from blip3o_nb.features.loading import feature_dls
 from blip3o_nb.features.shards import FeatureDataset, ShardWriter
@@ -125,3 +132,90 @@ def test_features_whose_encoder_is_not_known(tmp_path):
     report = evaluate(checkpoint(tmp_path/"features", tmp_path/"flow"), tmp_path/"features", samples=1, progress=False)
     assert "i2t R@5" not in report.main.scores and "centred" in report.main.scores
     assert any("mean token stands for them" in n for n in report.notes)
+
+# Images
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    "Eighty of the shipped images in a folder, their tokens, and a flow of one epoch"
+    root, source = tmp_path_factory.mktemp("drawn"), read_images(data_path("emoji.tar.gz"))
+    (root/"images").mkdir()
+    for i in range(80):
+        image = root/"images"/f"{i:03}.png"
+        source[50*i].image.save(image)
+        image.with_suffix(".txt").write_text(source[50*i].caption)
+    extract(root/"images", root/"features", {"clip": load_encoder("tiny-clip"), "eva": load_encoder("tiny-eva")}, progress=False)
+    dls = feature_dls(root/"features", "clip_generation", bs=32)
+    seed_everything(0)
+    config = BLIP3oDiTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, **dls.sizes)
+    learn = flow_learner(dls, BLIP3oDiT(config), lr=3e-3, progress=False)
+    learn.fit(1)
+    save_checkpoint(learn, root/"flow")
+    return root
+
+def judged(root, out=None, decoder="tiny-clip", images=None, **kw):
+    return evaluate(root/"flow", root/"features", out, samples=1, bs=4, decoder=decoder, images=images or root/"images",
+                    progress=False, **kw)
+
+def parts(out): return {p: p.stat().st_mtime_ns for p in out.glob("parts-*/*")}
+
+def test_an_evaluation_of_images_resumes(drawn, tmp_path):
+    "What was judged is not judged again, the report is the same; another decoder is another evaluation"
+    first = judged(drawn, tmp_path)
+    before = parts(tmp_path)
+    lost = sorted(before)[1]
+    lost.unlink()
+    again = judged(drawn, tmp_path)
+    assert again.to_dict() == first.to_dict() and again.pictured == first.pictured
+    assert all(torch.equal(again.pictures[k], v) for k, v in first.pictures.items())
+    assert {p for p, t in parts(tmp_path).items() if before[p] != t} == {lost}
+    flat = Decoder.fit(drawn/"features", "clip", drawn/"images", "linear", device="cpu")
+    other = judged(drawn, tmp_path, flat)
+    evaluate(drawn/"flow", drawn/"features", tmp_path, samples=1, bs=4, progress=False)
+    judged(drawn, tmp_path, second=load_encoder("tiny-clip", layout="patch_only"))
+    assert len(set(p.parent for p in parts(tmp_path))) == 4
+    a, b = (r.row("real tokens") for r in (first, other))
+    assert difference(a, b, "PSNR").low > 0 and other.facts["decoder"] == "Decoder"
+    assert torch.equal(a.values["cosine"], b.values["cosine"])
+
+def test_a_strangers_metric_of_images(drawn):
+    "One row, and every method has it in every table; other measures of the real tokens stay ceilings"
+    register(Metric("brightness", lambda drawn: drawn.mean((1, 2, 3)), ("drawn",), better="", shown=TABLE, group="Mine",
+                    figures=(Figure("Brightness", "histogram"),)))
+    try:
+        report = judged(drawn)
+        rows = {r.name: r for r in report.rows}
+        assert set(IMAGE_ROWS) < set(rows) and all("brightness" in r.scores for r in rows.values())
+        assert rows["mean image"].values["brightness"].std() < 1e-6 < rows["the image itself"].values["brightness"].std()
+        assert "brightness" in str(report) and "<h2>Mine</h2>" in page(report, {}) and table(report).count(",brightness,") == len(rows)
+        assert [n for n in report.notes if n.startswith("Images: ")]
+    finally: del METRICS["brightness"]
+
+def test_a_decoder_of_a_stranger(drawn, tmp_path):
+    "Images of another size are brought to that of the tower; what are none are refused"
+    class Grey:
+        def pictures(self, tokens): return torch.full((len(tokens), 3, 40, 40), .5)
+    report = judged(drawn, decoder=Grey())
+    assert report.pictures["flow"].shape[2:] == report.pictures["the image"].shape[2:] == (96, 96)
+    assert report.facts["decoder"] == "Grey" and report.row("flow").scores["PSNR to decoded real"].value > 99
+    assert "alt=\"Pictures\"" in write_report(report, tmp_path).read_text() and (tmp_path/"figures"/"pictures.svg").exists()
+    Grey.pictures = lambda self, tokens: torch.full((len(tokens), 40, 40), .5)
+    with pytest.raises(InputError, match="which are no images"): judged(drawn, decoder=Grey())
+
+@pytest.mark.parametrize("message", ["has no image", "is another than the one that was extracted"])
+def test_images_that_are_not_those_of_the_features(drawn, tmp_path, message):
+    shutil.copytree(drawn/"images", tmp_path/"images")
+    held = FeatureDataset(drawn/"features", "held_out").keys[3]
+    changed = next((tmp_path/"images").glob(f"{held}*.png"))
+    if "another" in message: Image.new("RGB", (96, 96), "red").save(changed)
+    else: changed.unlink()
+    with pytest.raises(InputError, match=f"'{held}.*{message}|{message} '{held}") as e: judged(drawn, images=tmp_path/"images")
+    assert "\n" not in str(e.value)
+
+def test_without_a_second_encoder():
+    "What was not wished for is left out and said, what was given is refused"
+    def unknown(column): raise InputError(f"nobody knows who made {column}")
+    pipe = SimpleNamespace(encoder=unknown, task=get_task("clip_generation"))
+    eye, why = second_eye(pipe)
+    assert eye is None and why == "No distances of images in a second encoder: nobody knows who made eva."
+    with pytest.raises(InputError, match="has no preprocess"): second_eye(pipe, pipe)

@@ -187,8 +187,10 @@ class Eye:
             raise InputError(f"a {type(encoder).__name__} has no {lacks}: give an encoder of images that has")
         self.encoder, self.scale, self.pool = encoder, PixelScale(encoder.preprocess), pool or encoder.pool
     def tokens(self, images:torch.Tensor) -> torch.Tensor: # `[b, 3, H, W]` -> `[b, N, D]`, on the CPU
+        n = len(images)
+        if (images == images[:1]).all(): images = images[:1] # a mean is encoded once
         x = self.scale.encoded(resized(images, self.scale.image_size))
-        return self.encoder.tokens(x.to(self.encoder.device)).float().cpu()
+        return self.encoder.tokens(x.to(self.encoder.device)).float().cpu().expand(n, -1, -1)
     def look(self, images:torch.Tensor) -> torch.Tensor: # `[b, 3, H, W]` -> `[b, E]`, on the CPU
         "Embeddings of images"
         return self.pool(self.tokens(images).to(self.encoder.device)).float().cpu()
@@ -211,7 +213,7 @@ class TrainingImages:
         return torch.cat([self.ds.rows(self.cond, i).float().mean(1) for i in self.parts()])
     def nearest(self, cond): # `[b, M, C]` -> `[b, 3, H, W]`
         "The training images whose conditioning is the most alike"
-        middle = self.gists.mean(0)
+        middle = self.gists.mean(0) # which is most of every token
         known, asked = (F.normalize(x - middle, dim=1) for x in (self.gists, cond.float().mean(1)))
         return self.images((asked @ known.T).argmax(1))
 

@@ -541,8 +541,10 @@ def ssim(
 ) -> torch.Tensor: # `[B]`, 1 for equal images
     "Structural similarity of each image (Wang et al., 2004)"
     w = (-(torch.arange(window) - window//2).double()**2/(2*sigma**2)).exp()
-    w = (w/w.sum()).outer(w/w.sum()).to(made)[None, None]                      # [1, 1, 11, 11]
-    def mean(x): return F.conv2d(x.flatten(0, 1)[:, None], w)[:, 0].unflatten(0, x.shape[:2])
+    w = (w/w.sum()).to(made)[None, None]                                       # [1, 1, 11]
+    def mean(x): # of each window: along the rows, then along the columns
+        rows = F.conv2d(x.flatten(0, 1)[:, None], w[..., None, :])             # [B*3, 1, H, W-10]
+        return F.conv2d(rows, w[..., None])[:, 0].unflatten(0, x.shape[:2])
     a, b = mean(made), mean(real)
     va, vb, cov = mean(made*made) - a*a, mean(real*real) - b*b, mean(made*real) - a*b
     c1, c2 = .01**2, .03**2
