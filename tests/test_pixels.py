@@ -246,7 +246,6 @@ def test_damage_is_found(request, kind, tmp_path):
 
 def test_the_shipped_one(tmp_path):
     "Named by its tower; at most 6 MB"
-    if not (data_path("tiny-clip").parent/"tiny-decoder").exists(): pytest.skip("none ships yet")
     d = Decoder.from_pretrained("tiny-clip", "cpu")
     assert d.contract["model"] == "tiny-clip" and d.pictures(torch.zeros(1, 65, 192)).shape == (1, 3, 96, 96)
     assert sum(p.stat().st_size for p in data_path("tiny-decoder").iterdir()) < 6e6
