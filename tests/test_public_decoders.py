@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from blip3o_nb.core import named_generator
 from blip3o_nb.files import InputError
 from blip3o_nb.features.encoders import Encoder, Tower, tower_of
-from blip3o_nb.generation.pipeline import check_reads
+from blip3o_nb.generation.pipeline import check_reads, load_decoder
 from blip3o_nb.generation.public_decoders import (CLASSES, PUBLIC_DECODERS, Parts,
                                                   load_public_decoder, sana_connector)
 
@@ -396,6 +396,7 @@ def test_tokens_of_another_shape_are_refused():
 def test_names_and_folders(tmp_path, caplog):
     with pytest.raises(InputError, match="no public decoder and no folder 'rae': choose one of rae-dinov2-small"):
         load_public_decoder("rae")
+    with pytest.raises(InputError, match="no public decoder and no folder 'rae'"): load_decoder("public:rae")
     (tmp_path/"empty").mkdir()
     with pytest.raises(InputError, match="nothing of diffusers.* is no row of PUBLIC_DECODERS"):
         load_public_decoder(str(tmp_path/"empty"))
