@@ -370,7 +370,8 @@ def fit_decoders(
     if f["kind"] != "linear":
         seed_everything(f["seed"])
         loss = PixelLoss(f["edges"], reencode=f["reencode"], encoder=encoder)
-        network = {k: f[k] for k in ("hidden_size", "num_hidden_layers")}
+        network = {k: f[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+        network["intermediate_size"] = 3*f["hidden_size"]
         both |= {k: f[k] for k in ("lr", "tau", "seed")}
         both |= dict(network=network, loss=loss, cbs=[CheckpointCallback(out/"states", every)])
         found[f["kind"]] = Decoder.fit(*data, f["kind"], f["epochs"], **both)
@@ -389,6 +390,7 @@ def blip3o_decoder(
     kind:str="vit",          # vit, or linear, which is fitted in one pass
     hidden_size:int=192,     # channels of a ViT
     num_hidden_layers:int=3, # its blocks
+    num_attention_heads:int=4, # of each block
     epochs:int=40,           # passes over the training images
     bs:int=64,               # images a batch
     lr:float=None,           # peak learning rate; None: by the width
@@ -403,7 +405,8 @@ def blip3o_decoder(
     check_numbers(seed, epochs=epochs, bs=bs, lr=lr, checkpoint_every=checkpoint_every)
     check_device(device)
     facts = dict(column=column, kind=kind, epochs=epochs, batch=bs, lr=lr, tau=tau, edges=edges, seed=seed,
-                 reencode=reencode, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
+                 reencode=reencode, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers,
+                 num_attention_heads=num_attention_heads)
     out = Path(out)
     if check_decoder(out, facts): return print(f"The decoder is {out}: there already, reused")
     data = embeddings_dir, column, open_images(images)
