@@ -7,14 +7,16 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from PIL import Image
-from blip3o_nb.core import Task, load_tensors, save_tensors, seed_everything
+from blip3o_nb.core import Task, is_held_out, load_tensors, save_tensors, seed_everything
+from blip3o_nb.features.encoders import load_encoder
 from blip3o_nb.features.extract import extract
+from blip3o_nb.features.images import read_images
 from blip3o_nb.features.loading import feature_dls
 from blip3o_nb.features.shards import FeatureDataset
 from blip3o_nb.files import InputError, data_path, read_json, write_json
 from blip3o_nb.generation import pixels as px
 from blip3o_nb.generation.pipeline import Pipeline, save_checkpoint
-from blip3o_nb.generation.pixels import (Decoder, DecoderConfig, TokenNoise, ViTDecoder,
+from blip3o_nb.generation.pixels import (Decoder, DecoderConfig, PixelScale, TokenNoise, ViTDecoder,
                                          decoder_learner, patchify, pixel_dls)
 from blip3o_nb.judging.metrics import psnr, ssim
 from blip3o_nb.network.dit import BLIP3oDiT, BLIP3oDiTConfig
@@ -244,11 +246,15 @@ def test_damage_is_found(request, kind, tmp_path):
     refused("is no object")
     assert Decoder.from_pretrained(folder, "cpu").contract == d.contract
 
-def test_the_shipped_one(tmp_path):
-    "Named by its tower; at most 6 MB"
+def test_the_shipped_one():
+    "Named by its tower; at most 6 MB; draws held-out images as well as its record says"
     d = Decoder.from_pretrained("tiny-clip", "cpu")
     assert d.contract["model"] == "tiny-clip" and d.pictures(torch.zeros(1, 65, 192)).shape == (1, 3, 96, 96)
     assert sum(p.stat().st_size for p in data_path("tiny-decoder").iterdir()) < 6e6
+    source, tower = read_images(data_path("emoji.tar.gz")), load_encoder("tiny-clip", device="cpu")
+    away = [i for i, k in enumerate(source.keys) if is_held_out(k)][::22]
+    seen = torch.stack([tower.preprocess(source[i].image) for i in away])
+    assert psnr(d.pictures(tower.tokens(seen)), PixelScale(tower.preprocess).unit(seen)).mean() > 25
 
 # Peers
 
