@@ -61,8 +61,9 @@ def test_small_run_leaves_report_and_checkpoint(small):
     assert page.count("data:image/png;base64,") >= 5
     assert "http://" not in page and "https://" not in page
     report = json.loads((small/"report.json").read_text())
-    assert [r["role"] for r in report["rows"]].count("floor") == 2
-    assert {"ridge", "regression", "flow", "real tokens"} <= {r["name"] for r in report["rows"]}
+    assert [r["role"] for r in report["rows"]].count("floor") == 4
+    assert page.index('alt="Pictures"') < page.index("<table>") and (small/"figures"/"pictures.png").exists()
+    assert {"nearest training image", "the image itself", "ridge", "regression", "flow", "real tokens"} <= {r["name"] for r in report["rows"]}
 
 def test_checkpoint_loads_again(small):
     from blip3o_nb.generation.pipeline import Pipeline
@@ -150,3 +151,4 @@ def test_full_demo_reaches_its_bar(tmp_path):
     assert value("flow", "centred") > value("ridge", "centred")
     assert value("flow", "i2t R@5") >= .85*value("real tokens", "i2t R@5")
     assert value("shuffled conditioning", "centred") < .5*value("flow", "centred")
+    assert value("real tokens", "PSNR") > 25 and value("flow", "PSNR") > 23 > value("nearest training image", "PSNR")
