@@ -321,15 +321,17 @@ def score_decoders(
 def report_decoder(decoders:dict, data:tuple, encoder, bs:int, out:Path, seed:int):
     "Score decoders; write result.json and pictures.png, and print the table"
     from dataclasses import asdict
-    from blip3o_nb.files import write_json
+    import matplotlib.pyplot as plt
+    from blip3o_nb.files import atomic_path, write_json
     from blip3o_nb.generation.pixels import pixel_dls
     from blip3o_nb.judging.metrics import bootstrap
-    from blip3o_nb.viz import show_images
+    from blip3o_nb.viz import fig_to_png, show_images
     values, shown = score_decoders(decoders, pixel_dls(*data, encoder, bs=bs, device="cpu"))
     scores = {n: {k: bootstrap(v, seed=seed) for k, v in row.items()} for n, row in values.items()}
     pixels = [x for images in shown.values() for x in images]
     axs = show_images(pixels, ncols=len(shown["image"]), size=.9, rows=list(shown))
-    axs[0].figure.savefig(out/"pictures.png", dpi=150, bbox_inches="tight")
+    with atomic_path(out/"pictures.png") as tmp: tmp.write_bytes(fig_to_png(axs[0].figure, 150))
+    plt.close(axs[0].figure)
     write_json(out/"result.json", {n: {k: asdict(s) for k, s in row.items()} for n, row in scores.items()})
     for name, row in scores.items(): print(f"{name:12}", *(f"{k} {s}" for k, s in row.items()), sep="  ")
 
